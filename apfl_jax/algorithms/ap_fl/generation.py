@@ -1,0 +1,151 @@
+"""The server's data-free training of the semantic generator, supervised by the global model alone.
+
+Losses and label sampling: method.md 2.6 [O] with the recipe of pilot 8.4 [P] (smooth generator, shifted copies, total
+variation). The teacher is frozen; no example is read.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from apfl_jax.algorithms.ap_fl.statistics import Moments, distance, moments
+from apfl_jax.training import cross_entropy
+from apfl_jax.training.augment import max_shift, shift
+from apfl_jax.types import Array, Generator, Key, Params, PyTree, Task
+
+
+class Weights(NamedTuple):
+  """Of the generator's losses, float32 [] each."""
+
+  statistics: Array
+  diversity: Array
+  semantic: Array
+  variation: Array
+
+
+class Rows(NamedTuple):
+  """What the rows of a generator batch ask for, `B` rows: seen pairs first, then hallucinated, then unseen.
+
+  Attributes:
+    label: int32 [B], the class; of a hallucinated row the first of the two mixed.
+    embedding: float32 [B, D], unit rows.
+    labelled: float32 [B], 1 where the teacher's cross-entropy applies.
+    seen: float32 [B], 1 where the row is of a seen class: layer statistics apply.
+    active: float32 [B], 0 for an unseen row while nothing is unseen or unseen rows are off.
+  """
+
+  label: Array
+  embedding: Array
+  labelled: Array
+  seen: Array
+  active: Array
+
+
+def draw_rows(embeddings: Array, counts: Array, unseen_on: Array, batch_size: int, key: Key) -> Rows:
+  """Draws class requests (method.md 2.6.2).
+
+  Seen classes with probability proportional to the square root of their counts, drawn for pairs of rows that share a
+  label; a fifth of the rows ask for a hallucinated class, normalise(s e_a + (1 - s) e_b) with a, b seen and
+  s ~ U(.2, .8); a fifth for unseen classes, uniformly.
+
+  Args:
+    embeddings: float32 [C, D], unit rows.
+    counts: float32 [C], training examples a class among clients that ever arrived; not all 0.
+    unseen_on: bool [], whether unseen rows are asked for.
+    batch_size: B, at least 10.
+    key: consumed.
+  """
+  fifth = batch_size // 5
+  pairs = (batch_size - 2 * fifth) // 2
+  seen_key, pair_key, share_key, unseen_key = jax.random.split(key, 4)
+  log_seen = jnp.log(jnp.maximum(counts, 0.0)) * 0.5
+  log_unseen = jnp.where(counts > 0, -jnp.inf, 0.0)
+  any_unseen = jnp.any(counts <= 0)
+
+  label = jnp.repeat(jax.random.categorical(seen_key, log_seen, shape=(pairs,)), 2)
+  a, b = jax.random.categorical(pair_key, log_seen, shape=(2, fifth))
+  share = jax.random.uniform(share_key, (fifth, 1), minval=0.2, maxval=0.8)
+  mixed = share * embeddings[a] + (1 - share) * embeddings[b]
+  mixed = mixed / jnp.maximum(jnp.linalg.norm(mixed, axis=-1, keepdims=True), 1e-6)
+  # With nothing unseen the draw would be over an empty set; the rows are switched off, the draw only stays finite.
+  unseen = jax.random.categorical(unseen_key, jnp.where(any_unseen, log_unseen, 0.0), shape=(fifth,))
+
+  ones, zeros = (lambda n: jnp.ones(n, jnp.float32)), (lambda n: jnp.zeros(n, jnp.float32))
+  on = (unseen_on & any_unseen).astype(jnp.float32) * ones(fifth)
+  return Rows(
+      label=jnp.concatenate([label, a, unseen]),
+      embedding=jnp.concatenate([embeddings[label], mixed, embeddings[unseen]]),
+      labelled=jnp.concatenate([ones(2 * pairs), zeros(fifth), on]),
+      seen=jnp.concatenate([ones(2 * pairs), zeros(2 * fifth)]),
+      active=jnp.concatenate([ones(2 * pairs), ones(fifth), on]),
+  )
+
+
+def generator_loss(
+    task: Task,
+    generator: Generator,
+    weights: Weights,
+    params: PyTree,
+    teacher: Params,
+    statistics: tuple[Moments, ...],
+    rows: Rows,
+    classes: Array,
+    key: Key,
+) -> Array:
+  """L = L_ce + weights . (L_st, L_div, L_sem, L_tv) for one batch, [].
+
+  Args:
+    task: the task.
+    generator: the generator's functions.
+    weights: of the losses.
+    params: the generator's parameters.
+    teacher: the global model, frozen.
+    statistics: of real pre-activations, from clients.
+    rows: what is asked for.
+    classes: bool [C], the classes of the teacher's softmax: seen ones, and unseen ones while they are asked for.
+    key: consumed.
+  """
+  noise_key, shift_key = jax.random.split(key)
+  size = rows.label.shape[0]
+  noise = jax.random.normal(noise_key, (size, generator.noise_size))
+  images = generator.apply(params, noise, rows.embedding)
+  features, taps = task.model.base(teacher.base, images)
+  targets = jax.nn.one_hot(rows.label, task.num_classes)
+  most = max_shift(images.shape[1])
+  # One offset for the whole batch: a slice, whose gradient is cheap, where an offset a row is a scatter.
+  offset = jax.random.randint(shift_key, (1, 2), -most, most + 1)
+  moved_features, _ = task.model.base(teacher.base, shift(images, jnp.broadcast_to(offset, (size, 2))))
+
+  def labelled_mean(features):
+    each = cross_entropy(task.model.head(teacher.head, features), targets, classes)
+    return jnp.sum(rows.labelled * each) / jnp.sum(rows.labelled)
+
+  loss = labelled_mean(features) + labelled_mean(moved_features)
+  if statistics:
+    loss += weights.statistics * distance(moments(taps, rows.seen), statistics)
+
+  # Mode seeking (Mao et al. 2019) on the same-label pairs, with means in place of norms so that size drops out.
+  pairs = int(size - 2 * (size // 5)) // 2
+  first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+  moved = jnp.mean(jnp.abs(images[first] - images[second]), axis=(1, 2, 3))
+  spread = jnp.mean(jnp.abs(noise[first] - noise[second]), axis=1)
+  loss += weights.diversity * jnp.mean(1.0 / (moved / spread + 0.01))
+
+  if task.model.semantics is not None:
+    meant = task.model.semantics(teacher.head, features)
+    meant = meant / jnp.maximum(jnp.linalg.norm(meant, axis=-1, keepdims=True), 1e-6)
+    off = jnp.sum((meant - rows.embedding) ** 2, axis=-1)
+    loss += weights.semantic * jnp.sum(rows.active * off) / jnp.sum(rows.active)
+
+  # Total variation beyond what natural images have (8.4: hinge at .16).
+  down = jnp.mean(jnp.abs(images[:, 1:] - images[:, :-1]), axis=(1, 2, 3))
+  right = jnp.mean(jnp.abs(images[:, :, 1:] - images[:, :, :-1]), axis=(1, 2, 3))
+  loss += weights.variation * jnp.mean(jax.nn.relu(down + right - 0.16))
+  return loss
+
+
+def sample(generator: Generator, params: PyTree, embeddings: Array, label: Array, key: Key) -> Array:
+  """Images float32 [B, height, width, channels] in [0, 1] for int32 [B] labels. The key is consumed."""
+  noise = jax.random.normal(key, (label.shape[0], generator.noise_size))
+  return generator.apply(params, noise, embeddings[label])

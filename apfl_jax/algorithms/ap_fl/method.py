@@ -1,0 +1,320 @@
+"""AP-FL as an `Algorithm`: rounds over survivors, generator steps on the server, personalisation from one download.
+
+Steps follow method.md: 2.5 the rounds, 2.6 the generator, 2.8 the returning client, 2.9 the interpolation. Where the
+pilots of its sections 7 and 8 contradict the reconstruction they win: the friend learns from the generator's labels
+alone (no distillation), and the coefficients are the plain minimum on a 6 x 6 grid with rho = .3.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from apfl_jax import nn, training
+from apfl_jax.algorithms.ap_fl import generation
+from apfl_jax.algorithms.ap_fl.interpolation import by_grid, by_size, guard, interpolate
+from apfl_jax.algorithms.ap_fl.statistics import Moments, moments
+from apfl_jax.algorithms.fedavg import fedavg
+from apfl_jax.errors import InputError
+from apfl_jax.training.batches import gather
+from apfl_jax.training.sgd import batches
+from apfl_jax.types import Algorithm, Array, Download, Key, Params, PyTree, Task, Upload
+
+INTERPOLATIONS = ("grid", "size", "fixed")
+_MANY_VALIDATION = 20  # examples under which the grid is not trusted (method.md 2.9 c)
+_TRUST_SAMPLES = 16  # a class, for the mean teacher probability
+
+
+class Shared(NamedTuple):
+  """What a client downloads.
+
+  Attributes:
+    params: the global model.
+    seen: bool [C], classes that some client held whose upload ever arrived.
+    generator: the generator's averaged parameters.
+    trust: float32 [C] in [0, 1], how far synthetic samples of a class are to be believed; 0 where unseen.
+  """
+
+  params: Params
+  seen: Array
+  generator: PyTree
+  trust: Array
+
+
+class Server(NamedTuple):
+  """The server between rounds.
+
+  Attributes:
+    params: the global model.
+    rounds: int32 [], aggregations so far.
+    counts: float32 [C], training examples a class over clients that ever arrived, each client once.
+    counted: bool [N], clients that are in `counts`.
+    statistics: Moments of each layer, from the last cohort; () when off.
+    generator: parameters in training.
+    average: their exponential moving average, what clients get.
+    optimizer: the generator's optax state.
+    trust: float32 [C].
+  """
+
+  params: Params
+  rounds: Array
+  counts: Array
+  counted: Array
+  statistics: tuple[Moments, ...]
+  generator: PyTree
+  average: PyTree
+  optimizer: PyTree
+  trust: Array
+
+
+class Sent(NamedTuple):
+  """What a client's update holds, averaged by the server with the clients' weights."""
+
+  delta: Params
+  statistics: tuple[Moments, ...]
+
+
+def ap_fl(
+    task: Task,
+    *,
+    generator_steps: int = 20,
+    generator_batch: int = 128,
+    generator_learning_rate: float = 1e-3,
+    generator_warmup: int = 4,
+    unseen_warmup: int = 20,
+    generator_decay: float = 0.99,
+    layer_statistics: bool = True,
+    lambda_statistics: float = 1.0,
+    lambda_diversity: float = 0.02,
+    lambda_semantic: float = 0.5,
+    lambda_variation: float = 1.0,
+    mask_softmax: bool = True,
+    friend_steps: int = 100,
+    beta: float = 0.5,
+    synthetic_examples: int = 512,
+    interpolation: str = "grid",
+    grid_points: int = 6,
+    rho: float = 0.3,
+    lambda_base: float = 0.3,
+    lambda_head: float = 0.7,
+) -> Algorithm:
+  """AP-FL, reconstructed [O].
+
+  Args:
+    task: the task. With an anchored head and embeddings that say something, unseen classes have logits and samples.
+    generator_steps: Adam steps of the generator a round.
+    generator_batch: rows of its batch.
+    generator_learning_rate: of Adam (beta1 .5), falling by 2 % a round as FedGen's does [C].
+    generator_warmup: rounds before the generator is trained.
+    unseen_warmup: rounds before it is asked for unseen classes.
+    generator_decay: of the moving average of its parameters.
+    layer_statistics: whether clients send channel moments of their pre-activations (tier S1) and L_st uses them.
+    lambda_statistics: weight of L_st.
+    lambda_diversity: weight of L_div.
+    lambda_semantic: weight of L_sem; needs an anchored head.
+    lambda_variation: weight of total variation beyond .16.
+    mask_softmax: softmax in clients' training only over classes seen so far and the client's own (2.4).
+    friend_steps: how many of the personal steps train the friend model; the rest train the local model.
+    beta: share of the synthetic loss in the friend's.
+    synthetic_examples: synthetic images a client trains its friend on; a quarter more is held out to choose lambdas.
+    interpolation: 'grid', 'size' or 'fixed'.
+    grid_points: coefficients an axis of the grid.
+    rho: weight of the held-out synthetic loss in the choice of coefficients.
+    lambda_base: the base's coefficient where 'fixed': 1 is the local model, 0 the friend.
+    lambda_head: the head's.
+  """
+  if interpolation not in INTERPOLATIONS:
+    raise InputError(f"ap_fl_interpolation: got {interpolation!r}, accepted are {', '.join(INTERPOLATIONS)}")
+  if not 0 <= friend_steps <= task.sgd.personal_steps:
+    raise InputError(f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to personal_steps={task.sgd.personal_steps}")
+  if generator_batch < 10 or synthetic_examples < 1 or grid_points < 2:
+    raise InputError(
+        "ap_fl: accepted are generator_batch >= 10, synthetic_examples >= 1, grid_points >= 2;"
+        f" got {generator_batch}, {synthetic_examples}, {grid_points}"
+    )
+  model, num_classes = task.model, task.num_classes
+  generator = nn.generator(task.image_shape, task.embeddings.shape[1])
+  weights = generation.Weights(lambda_statistics, lambda_diversity, lambda_semantic, lambda_variation)
+  schedule = optax.exponential_decay(generator_learning_rate, max(generator_steps, 1), 0.98)
+  optimizer = optax.adam(schedule, b1=0.5)
+  held_out = max(1, synthetic_examples // 4)
+
+  def own_loss(shared, data):
+    histogram = training.label_histogram(data.store, data.train, num_classes)
+    classes = shared.seen | (histogram > 0) if mask_softmax else jnp.ones(num_classes, bool)
+    return histogram, classes, training.classification_loss(task, classes)
+
+  # --- rounds ---------------------------------------------------------------------------------------------------------
+
+  def init(key):
+    model_key, generator_key = jax.random.split(key)
+    params = model.init(model_key)
+    weights = generator.init(generator_key)
+    statistics: tuple[Moments, ...] = ()
+    if layer_statistics:
+      blank = jnp.zeros((1, *task.image_shape))
+      statistics = jax.tree.map(jnp.zeros_like, moments(model.base(params.base, blank)[1], jnp.ones(1)))
+    return Server(
+        params=params,
+        rounds=jnp.int32(0),
+        counts=jnp.zeros(num_classes),
+        counted=jnp.zeros(task.num_clients, bool),
+        statistics=statistics,
+        generator=weights,
+        average=jax.tree.map(jnp.copy, weights),
+        optimizer=optimizer.init(weights),
+        trust=jnp.zeros(num_classes),
+    )
+
+  def download(server):
+    return Download(Shared(server.params, server.counts > 0, server.average, server.trust))
+
+  def local_update(download, client, data, visit, key):
+    train_key, statistics_key = jax.random.split(key)
+    shared = download.shared
+    histogram, _, loss = own_loss(shared, data)
+    steps = training.num_steps(task.sgd, data.train.size, visit.work)
+    params = training.local_sgd(task, loss, shared.params, data, steps, train_key)
+    delta = jax.tree.map(lambda new, old: new - old, params, shared.params)
+    statistics: tuple[Moments, ...] = ()
+    if layer_statistics:
+      batch = batches(task, data, data.train, statistics_key)(jnp.int32(0))
+      statistics = moments(model.base(params.base, batch.images)[1], batch.mask)
+    weight = training.weight(task.sgd, data.train.size)
+    return client, Upload(update=Sent(delta, statistics), weight=weight, kept=histogram)
+
+  def aggregate(server, received, key):
+    new = received.arrived & ~server.counted[received.ids]
+    mean = received.mean
+    server = server._replace(
+        params=jax.tree.map(lambda w, d: w + d, server.params, mean.delta),
+        rounds=server.rounds + 1,
+        counts=server.counts + jnp.sum(jnp.where(new[:, None], received.kept, 0.0), axis=0),
+        counted=server.counted.at[received.ids].max(new),
+        statistics=mean.statistics,
+    )
+    if not generator_steps:
+      return server
+    return jax.lax.cond(server.rounds > generator_warmup, train_generator, lambda server, key: server, server, key)
+
+  # --- the generator --------------------------------------------------------------------------------------------------
+
+  def train_generator(server: Server, key: Key) -> Server:
+    step_key, trust_key = jax.random.split(key)
+    seen = server.counts > 0
+    # A free head's logits of unseen classes were never trained: asking it for them would be asking for noise.
+    unseen_on = (server.rounds > unseen_warmup) & (model.semantics is not None)
+    classes = seen | unseen_on
+
+    def step(i, carry):
+      params, state, average = carry
+      rows_key, loss_key = jax.random.split(jax.random.fold_in(step_key, i))
+      rows = generation.draw_rows(task.embeddings, server.counts, unseen_on, generator_batch, rows_key)
+      gradient = jax.grad(
+          lambda p: generation.generator_loss(
+              task, generator, weights, p, server.params, server.statistics, rows, classes, loss_key
+          )
+      )(params)
+      updates, state = optimizer.update(gradient, state)
+      params = optax.apply_updates(params, updates)
+      # A young average forgets faster, or it would remember the untrained generator.
+      age = (server.rounds - generator_warmup - 1) * generator_steps + i
+      decay = jnp.minimum(generator_decay, (1.0 + age) / (10.0 + age))
+      average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+      return params, state, average
+
+    carry = (server.generator, server.optimizer, server.average)
+    params, state, average = jax.lax.fori_loop(0, generator_steps, step, carry)
+
+    label = jnp.tile(jnp.arange(num_classes), _TRUST_SAMPLES)
+    images = generation.sample(generator, average, task.embeddings, label, trust_key)
+    logits = jnp.where(classes, training.predict(model, server.params, images).logits, -jnp.inf)
+    probability = jnp.take_along_axis(jax.nn.softmax(logits), label[:, None], axis=1)
+    trust = jnp.where(seen, jnp.mean(probability.reshape(_TRUST_SAMPLES, num_classes), axis=0), 0.0)
+    return server._replace(generator=params, optimizer=state, average=average, trust=trust)
+
+  # --- the returning client -------------------------------------------------------------------------------------------
+
+  def personalize(download, client, data, visit, key):
+    del client, visit
+    shared = download.shared
+    # The local model takes the first key alone, as fine-tuning does: the two are then the same model to the bit.
+    friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, 1), 3)
+    histogram, classes, loss = own_loss(shared, data)
+    local = training.fine_tune(task, loss, shared.params, data, task.sgd.personal_steps - friend_steps, key)
+
+    # Synthetic examples: half by the client's own labels, half uniform, as far as they are trusted (2.8).
+    own = jnp.sqrt(histogram) / jnp.maximum(jnp.sum(jnp.sqrt(histogram)), 1e-12)
+    request = shared.trust * (0.5 * own + 0.5 / jnp.sum(classes))
+    request = jnp.where(jnp.sum(request) > 0, request, classes.astype(jnp.float32))
+    label = jax.random.categorical(label_key, jnp.log(request), shape=(synthetic_examples + held_out,))
+    images = generation.sample(generator, shared.generator, task.embeddings, label, sample_key)
+    synthetic = training.Batch(images, jax.nn.one_hot(label, num_classes), shared.trust[label])
+
+    real_batch = batches(task, data, data.train, friend_key)
+    batch_size = task.sgd.batch_size
+
+    def friend_loss(params, step):
+      rows = (step * batch_size + jnp.arange(batch_size)) % synthetic_examples
+      made = jax.tree.map(lambda x: x[rows], synthetic)
+      return (1 - beta) * loss(params, real_batch(step)) + beta * trusted_loss(params, made, classes)
+
+    steps = jnp.where(data.train.size > 0, friend_steps, 0)
+    friend = training.descend(friend_loss, shared.params, steps, task.sgd.learning_rate, cosine=True)
+
+    if interpolation == "fixed":
+      return interpolate(local, friend, lambda_base, lambda_head)
+    objective = selection(data, classes, jax.tree.map(lambda x: x[synthetic_examples:], synthetic))
+    pair = by_size(data.train.size)
+    if interpolation == "grid":
+      many = data.validation.size >= _MANY_VALIDATION
+      found = by_grid(objective, local, friend, grid_points)
+      pair = jax.tree.map(lambda grid, size: jnp.where(many, grid, size), found, pair)
+    chosen = interpolate(local, friend, *pair)
+    guarded = guard(objective, (chosen, local, friend, shared.params))
+    return jax.tree.map(lambda g, c: jnp.where(data.validation.size > 0, g, c), guarded, chosen)
+
+  def trusted_loss(params, batch, classes):
+    """Mean over rows of trust * cross-entropy; `batch.mask` is the trust."""
+    logits = training.predict(model, params, batch.images).logits
+    return jnp.mean(batch.mask * training.cross_entropy(logits, batch.targets, classes))
+
+  def selection(data, classes, synthetic):
+    """J(base, heads) = CE on real validation examples + rho * trusted CE on held-out synthetic ones, [P]."""
+    block = 64
+
+    def summed(base, heads, batch):
+      features, _ = model.base(base, batch.images)
+      logits = jax.vmap(lambda head: model.head(head, features))(heads)
+      each = jax.vmap(lambda x: training.cross_entropy(x, batch.targets, classes))(logits)
+      return each @ batch.mask
+
+    def objective(base, heads):
+      def add(i, total):
+        batch = gather(data.store, data.validation, i * block + jnp.arange(block), num_classes)
+        return total + summed(base, heads, batch)
+
+      points = jax.tree.leaves(heads)[0].shape[0]
+      blocks = (data.validation.size + block - 1) // block
+      real = jax.lax.fori_loop(0, blocks, add, jnp.zeros(points)) / jnp.maximum(data.validation.size, 1)
+      return real + rho * summed(base, heads, synthetic) / held_out
+
+    return objective
+
+  return fedavg(task)._replace(
+      init=init,
+      download=download,
+      local_update=local_update,
+      aggregate=aggregate,
+      global_model=lambda server: server.params,
+      personalize=personalize,
+  )
+
+
+def samples(task: Task, server: Server, key: Key, count: int) -> Array:
+  """Generated images float32 [C, count, height, width, channels] in [0, 1], all classes, from the averaged weights."""
+  generator = nn.generator(task.image_shape, task.embeddings.shape[1])
+  label = jnp.repeat(jnp.arange(task.num_classes), count)
+  images = generation.sample(generator, server.average, task.embeddings, label, key)
+  return images.reshape(task.num_classes, count, *task.image_shape)

@@ -1,0 +1,38 @@
+"""Where examples come from and who holds them; host-side NumPy, pure and seeded."""
+
+from pathlib import Path
+
+from apfl_jax.data import digits, fast, partition, tfds
+from apfl_jax.data.datasets import Dataset
+from apfl_jax.data.federation import build, histogram
+from apfl_jax.data.partition import Partition, choose_monopolistic, monopolistic
+
+BUILT_IN = {"digits": digits.load, "fast": fast.load}
+
+
+def load(name: str, data_dir: str | Path | None = None) -> Dataset:
+  """The images and labels of a data set.
+
+  Args:
+    name: `digits`, `fast`, or an image-classification set that tensorflow-datasets has prepared, e.g. `mnist`,
+      `emnist/balanced`, `cifar10`.
+    data_dir: where tensorflow-datasets keeps prepared sets; None is its own default (`TFDS_DATA_DIR`, else
+      `~/tensorflow_datasets`). The built-in sets do not need it.
+
+  Raises:
+    InputError: the name is unknown, or the set is not prepared, not readable or not image classification.
+  """
+  return BUILT_IN[name]() if name in BUILT_IN else tfds.load(name, data_dir)
+
+
+__all__ = [
+  "BUILT_IN",
+  "Dataset",
+  "Partition",
+  "build",
+  "choose_monopolistic",
+  "histogram",
+  "load",
+  "monopolistic",
+  "partition",
+]

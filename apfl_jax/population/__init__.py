@@ -1,0 +1,27 @@
+"""Who is there when: processes of availability that chain as optax transformations do."""
+
+from apfl_jax.population.processes import (
+    PROCESSES,
+    bernoulli,
+    chain,
+    cold,
+    departed,
+    everyone,
+    look,
+    make,
+    start,
+    step,
+)
+
+__all__ = [
+    "PROCESSES",
+    "bernoulli",
+    "chain",
+    "cold",
+    "departed",
+    "everyone",
+    "look",
+    "make",
+    "start",
+    "step",
+]

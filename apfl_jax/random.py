@@ -1,0 +1,84 @@
+"""Keys from (seed, purpose, ...) alone, and a keyed permutation of any range without a table.
+
+No random state is carried from round to round and none depends on a client's place in a batch, so neither
+devices, nor chunk sizes, nor who else is in the cohort changes what a client computes.
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+
+from apfl_jax.types import Array, Key
+
+_ROUNDS = 8  # Feistel rounds; fewer leave visible structure in small ranges
+
+
+class Purpose(enum.IntEnum):
+  """What a key is for. Values are part of a run's identity: never renumber."""
+
+  SERVER = 0
+  POPULATION = 1
+  COHORT = 2
+  CLIENT = 3
+  LOCAL_UPDATE = 4
+  AGGREGATE = 5
+  PERSONALIZE = 6
+  EMBEDDINGS = 7
+  REPORT = 8
+  PARTITION = 9
+  SPLIT = 10
+
+
+def key(seed: Array | int, purpose: Purpose, *data: Array | int) -> Key:
+  """The key of a purpose, e.g. `key(seed, Purpose.LOCAL_UPDATE, round, client_id)`. All may be traced."""
+  result = jax.random.fold_in(jax.random.key(seed), int(purpose))
+  for value in data:
+    result = jax.random.fold_in(result, value)
+  return result
+
+
+def permutation_key(key: Key) -> Array:
+  """uint32 [8]: what `permute` needs, drawn once and used for many positions. The key is consumed."""
+  return jax.random.bits(key, (_ROUNDS,), jnp.uint32)
+
+
+def permute(bits: Array, position: Array, size: Array | int) -> Array:
+  """The element at `position` of a pseudo-random permutation of `range(size)`; `size` may be traced.
+
+  An alternating Feistel network over the smallest power of two that holds `size`, walked until it lands inside
+  (Black and Rogaway 2002, cycle-walking). Costs O(1) a position, whatever `size` is.
+
+  Args:
+    bits: uint32 [8] from `permutation_key`.
+    position: int32 [...], clamped into `[0, size)`.
+    size: int32 [], at least 1, at most 2**30.
+
+  Returns:
+    int32 [...] in `[0, size)`, a bijection of the positions.
+  """
+  size = jnp.maximum(jnp.asarray(size, jnp.uint32), 1)
+  width = 32 - jax.lax.clz(size - 1)  # bits of the domain
+  low = (width + 1) // 2
+  low_mask = (jnp.uint32(1) << low) - 1
+  high_mask = (jnp.uint32(1) << (width - low)) - 1
+
+  def mix(x, constant):  # murmur3's finaliser
+    x = (x + constant) * jnp.uint32(0x9E3779B1)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+  def network(x):
+    high, right = x >> low, x & low_mask
+    for i in range(0, _ROUNDS, 2):
+      right = (right ^ mix(high, bits[i])) & low_mask
+      high = (high ^ mix(right, bits[i + 1])) & high_mask
+    return (high << low) | right
+
+  # Clamped, because a walk that starts outside may never come inside.
+  start = jnp.clip(jnp.asarray(position), 0, (size - 1).astype(jnp.int32)).astype(jnp.uint32)
+  walked = jax.lax.while_loop(
+      lambda x: jnp.any(x >= size), lambda x: jnp.where(x >= size, network(x), x), network(start)
+  )
+  return walked.astype(jnp.int32)

@@ -1,0 +1,280 @@
+"""The page of a run: one file that opens from disk, without network, fonts or scripts of others."""
+
+import base64
+import html
+import math
+import os
+import pathlib
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from apfl_jax.report import plots, tables
+from apfl_jax.report import run as runs
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1e; --soft: #62626a; --line: #d9d9de; --page: #fff; --card: #f5f5f7;
+  --link: #0072b2 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8ea; --soft: #a0a0a8; --line: #3c3c42; --page: #161618; --card: #222226; --link: #56b4e9 }
+}
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 56rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem }
+h2 { font-size: 1.2rem; margin: 2.8rem 0 .5rem }
+p, figcaption { max-width: 46rem }
+a { color: var(--link) }
+.lead { color: var(--soft); margin-top: 0; max-width: none }
+.note { border-left: 3px solid var(--line); padding: .1rem 0 .1rem .8rem; color: var(--soft); font-size: .9rem }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem }
+th, td { padding: .4rem .75rem; text-align: right; border-bottom: 1px solid var(--line) }
+th { font-weight: 600 }
+thead th { color: var(--soft) }
+tr > :first-child { text-align: left; padding-left: 0; white-space: nowrap }
+.group { text-align: center }
+tbody td:nth-child(7), thead tr:last-child th:nth-child(7) { padding-left: 2.2rem }
+figure { margin: 0 }
+figcaption { margin: 0 0 .8rem }
+img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 8px;
+  box-sizing: border-box; border: 1px solid var(--line) }
+.facts td { text-align: left; vertical-align: top; overflow-wrap: anywhere }
+.facts td:first-child { color: var(--soft) }
+pre { background: var(--card); padding: .8rem 1rem; border-radius: 6px; overflow: auto; max-height: 24rem;
+  font-size: .85rem }
+summary { cursor: pointer }
+"""
+
+_CAPTIONS = {
+  "curves": (
+    "Accuracy over the rounds",
+    "Mean over clients, as training goes on; colour tells the clients, line style the model. On its own test examples "
+    "a personal model only has to tell apart the classes that its client holds, so that accuracy rises as the "
+    "partition gets more skewed (smaller alpha): the local tasks get easier. Compare methods on the same partition. "
+    "The pooled test set holds all classes, and shows what a model knows beyond its client.",
+  ),
+  "clients": (
+    "Client by client",
+    "One bar a client: its personal model on its own test examples, best first; the black mark is the global model on "
+    "the same examples. A bar above its mark is a client that personalisation helped. Clients without test examples "
+    "are left out.",
+  ),
+  "partition": (
+    "Who holds what",
+    "Training examples of each class at each client; white is none. A star marks the monopolistic classes: only "
+    "dropped clients hold them, so the others cannot teach them to the global model.",
+  ),
+  "presence": (
+    "Who was there when",
+    "One line a client, one column a round. In a round without colour the client was away or was not picked; where its "
+    "upload was lost it trained, but the server learned nothing from it.",
+  ),
+  "samples": (
+    "What the generator draws",
+    "Each row is a class. The server never saw a real image: it draws what the global model takes for that class. Of a "
+    "class marked unseen not even the global model met an example; its images come from the meaning of the class "
+    "alone, so expect little of them.",
+  ),
+  "confusion": (
+    "What the global model confuses",
+    "Each row is the true class of pooled test images, each column what the global model said, in percent of the row. "
+    "A good model is dark on the diagonal. A star marks classes that no client ever taught it.",
+  ),
+}
+
+
+def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
+  """Draws the figures of a run and its page into the run directory; the page last, each file whole or not at all.
+
+  Args:
+    workdir: the directory of a run.
+
+  Returns:
+    The path of `report.html`.
+
+  Raises:
+    InputError: the directory is not a run's or cannot be read, or matplotlib is not installed.
+  """
+  run = runs.read(pathlib.Path(workdir))
+  images = plots.draw(run)
+  for name in plots.FIGURES:
+    path = run.path / f"{name}.png"
+    if name in images:
+      _replace(path, images[name])
+    else:
+      path.unlink(missing_ok=True)  # of an earlier report on other numbers
+  path = run.path / "report.html"
+  _replace(path, _page(run, images).encode())
+  return path
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_bytes(content)
+  os.replace(temporary, path)
+
+
+def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
+  title = html.escape(tables.title(run.summary))
+  parts = [
+    f"<h1>{title}</h1>",
+    f'<p class="lead">{html.escape(_setting(run))}</p>',
+    *_notes(run.summary),
+    "<h2>Test accuracy</h2>",
+    _results(run.summary),
+    "<p>In percent; means over clients. A dropped client never took part in training or left for good; a monopolist "
+    "holds a class that only dropped clients hold; worst 10&nbsp;% is the mean over the tenth of the clients that is "
+    "served worst. Own test examples have the classes of the client's own data; the pooled test set has all "
+    "classes.</p>",
+    _unseen(run),
+    *(_figure(name, image) for name, image in images.items()),
+    "<h2>Cost</h2>",
+    _facts(_costs(run)),
+    "<h2>Repeat this run</h2>",
+    _repeat(run),
+  ]
+  return (
+    f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+    f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n<body>\n'
+    + "\n".join(filter(None, parts))
+    + "\n</body>\n</html>\n"
+  )
+
+
+def _setting(run: runs.Run) -> str:
+  """One sentence on what was simulated."""
+  summary, dropped = run.summary, int(run.clients.dropped.sum())
+  flags = dict(line.removeprefix("--").split("=", 1) for line in run.flags if "=" in line)
+  partition = summary.get("partition")
+  if partition == "dirichlet" and "alpha" in flags:
+    partition = f"dirichlet, alpha {flags['alpha']}"
+  parts = [
+    f"{summary['num_clients']:,} clients" + (f", {dropped:,} of them dropped" if dropped else ""),
+    f"partition: {partition}" if partition else "",
+    f"dropout: {summary['dropout']}" if summary.get("dropout") else "",
+    f"{summary['rounds']:,} rounds",
+    f"seed {summary['seed']}",
+  ]
+  return "; ".join(filter(None, parts)) + "."
+
+
+def _notes(summary: Mapping[str, Any]) -> list[str]:
+  notes = []
+  if summary.get("finished") is False:
+    notes.append(
+      '<p class="note"><strong>This run did not finish</strong>; the numbers are those of its last evaluation.</p>'
+    )
+  if summary["algorithm"] == "ap_fl":
+    notes.append(
+      '<p class="note">ap_fl is AP-FL, <a href="https://arxiv.org/abs/2503.00407">arXiv 2503.00407</a>: personal '
+      "models for clients that dropped out, with a generator on the server. It is not APFL, the adaptive personalized "
+      "federated learning of Deng et al. (2020).</p>"
+    )
+  return notes
+
+
+def _results(summary: dict[str, Any]) -> str:
+  groups = "".join(f'<th class="group" colspan="{size}">{name}</th>' for name, size in tables.GROUPS)
+  columns = "".join(f"<th>{column}</th>" for column in tables.COLUMNS)
+  body = "".join(
+    f"<tr><td>{html.escape(row.name)}</td>"
+    + "".join(f"<td>{tables.percent(value, missing='–')}</td>" for value in row.values)
+    + "</tr>"
+    for row in tables.rows(summary)
+  )
+  return (
+    f'<div class="scroll"><table><thead><tr><th></th>{groups}</tr><tr><th></th>{columns}</tr></thead>'
+    f"<tbody>{body}</tbody></table></div>"
+  )
+
+
+def _unseen(run: runs.Run) -> str:
+  unseen = run.summary.get("unseen") or {}
+  classes = unseen.get("classes")
+  if not classes:
+    return ""
+  names = run.class_names
+  value = {key: tables.percent(number, missing="–") for key, number in unseen.items() if key != "classes"}
+  listed = html.escape(", ".join(names[c] if c < len(names) else str(c) for c in classes))
+  return (
+    f"<h2>Classes that nobody taught</h2><p>No client whose update ever arrived holds {listed}. On pooled test images "
+    f"of {'this class' if len(classes) == 1 else 'these classes'} the global model is right in "
+    f"<strong>{value.get('accuracy', '–')}&nbsp;%</strong> (on those of the seen classes in "
+    f"{value.get('seen_accuracy', '–')}&nbsp;%; harmonic mean of the two: {value.get('harmonic_mean', '–')}&nbsp;%). "
+    "When it only has to choose among the unseen classes it is right in "
+    f"{value.get('restricted_accuracy', '–')}&nbsp;%, where guessing gives {100 / len(classes):.1f}&nbsp;%.</p>"
+  )
+
+
+def _figure(name: str, image: bytes) -> str:
+  heading, caption = _CAPTIONS[name]
+  data = base64.b64encode(image).decode()
+  return (
+    f"<h2>{heading}</h2>\n<figure><figcaption>{caption}</figcaption>"
+    f'<img alt="{heading}" src="data:image/png;base64,{data}"></figure>'
+  )
+
+
+def _costs(run: runs.Run) -> dict[str, str]:
+  """What the run took, in words; what is not known is left out."""
+  summary = run.summary
+  cost = summary.get("cost") or {}
+  rounds = np.diff([line["round"] for line in run.timings], prepend=0)
+  seconds = np.array([line["seconds"] - line["compile_seconds"] for line in run.timings])
+  trained = rounds > 0  # what only evaluates adds a line, but no round
+  versions = summary.get("versions") or {}
+  facts = {
+    "time": _duration(summary.get("seconds")),
+    "of which compiling": _duration(summary.get("compile_seconds")),
+    "a round, compiled (median over chunks)": _duration(
+      float(np.median(seconds[trained] / rounds[trained])) if trained.any() else None
+    ),
+    "peak memory": _amount(summary.get("peak_memory_bytes"), "B"),
+    "local training": _amount(cost.get("local_flops"), "FLOP"),
+    "generator": _amount(cost.get("generator_flops"), "FLOP"),
+    "personalisation": _amount(cost.get("personalize_flops"), "FLOP"),
+    "sent by clients": _amount(cost.get("bytes_up"), "B"),
+    "sent to clients": _amount(cost.get("bytes_down"), "B"),
+    "device": str(summary.get("device") or ""),
+    "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    "commit": str(summary.get("commit") or ""),
+  }
+  return {name: value for name, value in facts.items() if value}
+
+
+def _duration(seconds: float | None) -> str:
+  """E.g. '400 ms' or '3 min 12 s'; empty for None."""
+  if seconds is None:
+    return ""
+  if seconds < 120:
+    return f"{1000 * seconds:.4g} ms" if seconds < 1 else f"{seconds:.4g} s"
+  minutes, rest = divmod(round(seconds), 60)
+  return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _amount(value: float | None, unit: str) -> str:
+  """E.g. '1.25 GB'; empty for None."""
+  if value is None:
+    return ""
+  prefixes = ("", "k", "M", "G", "T", "P", "E")
+  power = min(int(math.log10(max(value, 1)) / 3), len(prefixes) - 1)
+  return f"{value / 1000**power:.4g} {prefixes[power]}{unit}"
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+  body = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
+  return f'<table class="facts"><tbody>{body}</tbody></table>' if body else "<p>Not recorded.</p>"
+
+
+def _repeat(run: runs.Run) -> str:
+  if not run.flags:
+    return "<p>The run left no <code>flags.txt</code>.</p>"
+  command = (
+    f"python -m experiments.train --flagfile={shlex.quote(str(run.path / 'flags.txt'))} --workdir=ANOTHER_DIRECTORY"
+  )
+  flags = html.escape("\n".join(run.flags))
+  return (
+    f"<pre>{html.escape(command)}</pre>\n<details><summary>All flags of the run</summary><pre>{flags}</pre></details>"
+  )

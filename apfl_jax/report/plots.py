@@ -1,0 +1,339 @@
+"""The figures of a run.
+
+One colour a group of clients and one line style a model, in all figures; the colours are Okabe and Ito's, told apart by
+people who do not see red and green. Every function draws onto an empty figure and returns False if the run left
+nothing for it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from apfl_jax.errors import InputError
+from apfl_jax.report.run import Run
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
+
+DROPPED, PRESENT, ALL = "#D55E00", "#0072B2", "#444444"
+_LOST, _ABSENT, _GRID = "#F0C64A", "#ECECEC", "#DDDDDD"
+_STYLE: dict[Any, Any] = {
+  "font.family": "DejaVu Sans",
+  "font.size": 10,
+  "axes.titlesize": 11,
+  "axes.titlelocation": "left",
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.axisbelow": True,
+  "axes.edgecolor": "#777777",
+  "grid.color": _GRID,
+  "legend.frameon": False,
+  "hatch.linewidth": 1.5,
+  "text.parse_math": False,  # a class may be called "$"
+}
+_MANY = 100  # clients in a figure, at most
+_LABELLED = 40  # rows or columns that each get a label, at most
+
+
+def draw(run: Run) -> dict[str, bytes]:
+  """Draws what there is to draw.
+
+  Args:
+    run: the run.
+
+  Returns:
+    PNG files by the name of the figure, a key of `FIGURES`.
+
+  Raises:
+    InputError: matplotlib is not installed.
+  """
+  try:
+    import matplotlib
+    from matplotlib.figure import Figure
+  except ImportError as error:
+    raise InputError("a report needs matplotlib: pip install 'apfl_jax[report]'") from error
+  drawn = {}
+  with matplotlib.rc_context():
+    matplotlib.rcdefaults()  # whatever a notebook has set
+    matplotlib.rcParams.update(_STYLE)
+    for name, onto in FIGURES.items():
+      figure = Figure(layout="constrained")
+      if onto(figure, run):
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=150, facecolor="white", bbox_inches="tight")
+        drawn[name] = file.getvalue()
+  return drawn
+
+
+def _curves(figure: Figure, run: Run) -> bool:
+  """Accuracy over rounds: on clients' own test examples by group, and on the pooled test set."""
+  rounds = np.array([line["round"] for line in run.metrics])
+
+  def plot(axes: Axes, key: str, color: str, style: str, label: str) -> bool:
+    values = 100 * np.array([np.nan if line.get(key) is None else line[key] for line in run.metrics], float)
+    known = ~np.isnan(values)
+    if known.any():
+      marker = "o" if known.sum() <= 25 else ""
+      axes.plot(rounds[known], values[known], style, color=color, marker=marker, ms=4, lw=1.8, label=label)
+    return bool(known.any())
+
+  own, pooled = figure.subplots(1, 2, sharex=True, sharey=True, width_ratios=[3, 2])
+  groups = (("", ALL, "all clients"), ("_dropped", DROPPED, "dropped"), ("_present", PRESENT, "present"))
+  found = [
+    plot(own, f"{model}_accuracy{group}", color, style, f"{model}, {name}")
+    for model, style in (("personal", "-"), ("global", ":"))
+    for group, color, name in groups
+  ]
+  found += [
+    plot(pooled, key, ALL, style, label)
+    for key, style, label in (("personal_pooled_accuracy", "-", "personal, mean"), ("pooled_accuracy", ":", "global"))
+  ]
+  if not any(found):
+    return False
+  figure.set_size_inches(9, 4.2)
+  own.set(title="Own test examples", ylabel="accuracy (%)", ylim=(0, 102), xlim=(0, 1.02 * rounds.max()))
+  pooled.set(title="Pooled test set")
+  for axes in (own, pooled):
+    axes.set_xlabel("round")
+    axes.locator_params(axis="x", integer=True, nbins=6)
+    axes.grid(axis="y")
+    if axes.lines:
+      axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
+    else:
+      axes.text(0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center", color="#777777")
+  return True
+
+
+def _clients(figure: Figure, run: Run) -> bool:
+  """A bar a client, dropped ones first, the global model's accuracy marked on each."""
+  clients = run.clients
+  known = ~(np.isnan(clients.personal_accuracy) & np.isnan(clients.global_accuracy))
+  if not known.any():
+    return False
+  figure.set_size_inches(9, 3.8)
+  # Without personal accuracies the global ones decide the order; -1 never meets a client that has one.
+  height = np.where(np.isnan(clients.personal_accuracy), clients.global_accuracy, clients.personal_accuracy)
+  order = _order(clients.dropped, np.argsort(-height, kind="stable"), known)
+  axes = figure.subplots()
+  x = np.arange(order.size)
+  gone, monopolist = clients.dropped[order], clients.monopolist[order]
+  bars = axes.bar(
+    x, 100 * clients.personal_accuracy[order], 0.78, color=np.where(gone, DROPPED, PRESENT), edgecolor="white", lw=0
+  )
+  for bar, hatched in zip(bars, monopolist, strict=True):
+    bar.set_hatch("///" if hatched else "")
+  size = min(60.0, 400 / order.size)
+  axes.plot(x, 100 * clients.global_accuracy[order], "_", color="black", ms=size, mew=2.2, ls="", clip_on=False)
+  axes.plot([], [], "_", color="black", ms=12, mew=2.2, ls="", label="global model")
+  if monopolist.any():
+    axes.bar([0], [np.nan], color="#888888", edgecolor="white", lw=0, hatch="///", label="holds a monopolistic class")
+  axes.set(ylabel="accuracy (%)", ylim=(0, 102), xlim=(-0.7, order.size - 0.3))
+  axes.grid(axis="y")
+  _label_clients(axes, run, order)
+  axes.legend(loc="upper right", bbox_to_anchor=(1, -0.1), ncols=2, fontsize=9)
+  _name_groups(axes, clients.dropped[known], gone)
+  return True
+
+
+def _partition(figure: Figure, run: Run) -> bool:
+  """Training examples of every class at every client."""
+  histogram = run.arrays.get("histogram")
+  if histogram is None or not histogram.size or run.clients.dropped.size != len(histogram):
+    return False
+  from matplotlib.colors import PowerNorm
+
+  order = _order(run.clients.dropped, np.arange(len(histogram)), np.ones(len(histogram), bool))
+  counts = np.ma.masked_equal(histogram[order].T, 0)
+  figure.set_size_inches(9, min(1.6 + 0.26 * len(counts), 9))
+  axes = figure.subplots()
+  image = axes.imshow(counts, aspect="auto", cmap=_counts_map(), norm=PowerNorm(0.5, 0), interpolation="nearest")
+  figure.colorbar(image, ax=axes, pad=0.015, label="training examples", fraction=0.05, aspect=30)
+  _label_classes(axes, run, set(run.summary.get("monopolistic_classes") or ()))
+  _label_clients(axes, run, order)
+  _name_groups(axes, run.clients.dropped, run.clients.dropped[order])
+  return True
+
+
+def _presence(figure: Figure, run: Run) -> bool:
+  """Which client took part in which round."""
+  presence, ids = run.arrays.get("presence"), run.arrays.get("presence_clients")
+  if presence is None or ids is None or not presence.size:
+    return False
+  from matplotlib.colors import to_rgb
+
+  dropped = np.isin(ids, run.clients.id[run.clients.dropped])
+  order = np.concatenate([np.flatnonzero(dropped), np.flatnonzero(~dropped)])
+  figure.set_size_inches(9, np.clip(1.8 + 0.16 * ids.size, 3, 6.5))
+  axes = figure.subplots()
+  colors = np.array([to_rgb(color) for color in (_ABSENT, _LOST, PRESENT)])
+  # As colours, not as values: where rounds or clients outnumber pixels, a pixel is the mean of what it covers.
+  axes.imshow(colors[presence.T[order]], aspect="auto", extent=(0.5, len(presence) + 0.5, ids.size - 0.5, -0.5))
+  boundary = dropped.sum() - 0.5
+  if 0 < dropped.sum() < ids.size:
+    axes.axhline(boundary, color="black", lw=1)
+  if ids.size <= _LABELLED:
+    axes.set_yticks(np.arange(ids.size), [str(i) for i in ids[order]], fontsize=7)
+    for tick, gone in zip(axes.get_yticklabels(), dropped[order], strict=True):
+      tick.set_color(DROPPED if gone else PRESENT)
+  else:
+    axes.set_yticks([])
+  axes.tick_params(length=0)
+  axes.locator_params(axis="x", integer=True)
+  total = run.clients.id.size
+  axes.set(xlabel="round", ylabel=f"client ({ids.size} of {total:,})" if ids.size < total else "client")
+  right = axes.get_yaxis_transform()
+  for shown, y, align, color, name in (
+    (dropped.any(), -0.5, "top", DROPPED, f"{dropped.sum()} dropped"),
+    ((~dropped).any(), ids.size - 0.5, "bottom", PRESENT, f"{(~dropped).sum()} present"),
+  ):
+    if shown:
+      axes.text(1.01, y, name, transform=right, color=color, rotation=270, va=align, weight="bold", fontsize=9)
+  for color, label in ((PRESENT, "took part"), (_LOST, "took part, upload lost"), (_ABSENT, "did not take part")):
+    axes.bar([0], [np.nan], color=color, label=label)
+  axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=9)
+  return True
+
+
+def _samples(figure: Figure, run: Run) -> bool:
+  """Real training images beside generated ones, a row a class."""
+  samples = run.arrays.get("samples")
+  if samples is None or not samples.size:
+    return False
+  seen = run.arrays.get("seen", np.ones(len(samples), bool)).astype(bool)
+  missing = _thin(np.flatnonzero(~seen), 10)
+  chosen = np.sort(np.concatenate([missing, _thin(np.flatnonzero(seen), 20 - missing.size)]))
+  blocks = [("Generated by the server", samples)]
+  real = run.arrays.get("real")
+  if real is not None and real.size:
+    blocks.insert(0, ("Real training images", real))
+  shown = [(name, block[chosen, :10]) for name, block in blocks]
+  tiles = sum(block.shape[1] for _, block in shown)
+  tile = min(0.6, 7.6 / tiles)
+  figure.set_size_inches(max(4.0, tile * tiles + 1.6), tile * len(chosen) + 0.6)
+  grid = figure.subplots(1, len(shown), width_ratios=[block.shape[1] for _, block in shown], squeeze=False)[0]
+  for axes, (name, block) in zip(grid, shown, strict=True):
+    axes.imshow(_mosaic(block), interpolation="nearest")
+    axes.set_title(name)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+  pitch = block.shape[2] + _gap(block)
+  grid[0].set_yticks(
+    block.shape[2] / 2 + pitch * np.arange(len(chosen)),
+    [run.class_names[c] if seen[c] else f"{run.class_names[c]}\nunseen" for c in chosen],
+  )
+  grid[0].tick_params(length=0)
+  for label, c in zip(grid[0].get_yticklabels(), chosen, strict=True):
+    label.set(color="black" if seen[c] else DROPPED, weight="normal" if seen[c] else "bold", fontsize=9)
+  return True
+
+
+def _confusion(figure: Figure, run: Run) -> bool:
+  """What the global model takes each class for, on the pooled test set."""
+  counts = run.arrays.get("pooled_confusion")
+  if counts is None or not counts.sum():
+    return False
+  examples = counts.sum(1, keepdims=True)
+  share = 100 * counts / np.maximum(examples, 1)
+  classes = len(counts)
+  side = np.clip(2.2 + 0.42 * classes, 3.5, 7.5)
+  figure.set_size_inches(side + 0.9, side)
+  axes = figure.subplots()
+  image = axes.imshow(np.ma.masked_equal(share, 0), cmap=_counts_map(), vmin=0, vmax=100, interpolation="nearest")
+  figure.colorbar(image, ax=axes, pad=0.02, fraction=0.045, label="of the true class (%)")
+  if classes <= 12:
+    for (row, column), value in np.ndenumerate(share):
+      if value >= 0.5:
+        axes.text(
+          column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 45 else "black"
+        )
+  seen = run.arrays.get("seen", np.ones(classes, bool))
+  _label_classes(axes, run, set(np.flatnonzero(~seen.astype(bool))))
+  ticks = axes.get_yticks()
+  axes.set_xticks(ticks, [label.get_text() for label in axes.get_yticklabels()], rotation=90)
+  for across, down in zip(axes.get_xticklabels(), axes.get_yticklabels(), strict=True):
+    across.set(color=down.get_color(), weight=down.get_fontweight(), fontsize=down.get_fontsize())
+  axes.set(xlabel="predicted class", ylabel="true class")
+  return True
+
+
+FIGURES: dict[str, Callable[[Figure, Run], bool]] = {
+  "curves": _curves,
+  "clients": _clients,
+  "partition": _partition,
+  "presence": _presence,
+  "samples": _samples,
+  "confusion": _confusion,
+}
+
+
+def _thin(values: np.ndarray, limit: int) -> np.ndarray:
+  """At most `limit` of the values, evenly spaced, the first and the last among them."""
+  if values.size <= limit:
+    return values
+  return values[np.linspace(0, values.size - 1, limit).round().astype(int)]
+
+
+def _order(dropped: np.ndarray, order: np.ndarray, known: np.ndarray) -> np.ndarray:
+  """The known clients in this order, dropped ones first; each group thinned alike, to `_MANY` in all."""
+  groups = [order[known[order] & (dropped[order] == gone)] for gone in (True, False)]
+  total = max(sum(group.size for group in groups), 1)
+  return np.concatenate([_thin(group, max(2, round(_MANY * group.size / total))) for group in groups])
+
+
+def _label_clients(axes: Axes, run: Run, order: np.ndarray) -> None:
+  """Client ids along the horizontal axis, as long as they can be read."""
+  total = run.clients.id.size
+  few = order.size <= _LABELLED
+  axes.set_xticks(np.arange(order.size) if few else [], run.clients.id[order].astype(str) if few else [], fontsize=8)
+  axes.tick_params(axis="x", length=0)
+  thinned = order.size < total and order.size >= _MANY - 1
+  axes.set_xlabel(f"client ({order.size} of {total:,}, evenly picked)" if thinned else "client")
+
+
+def _name_groups(axes: Axes, dropped: np.ndarray, shown: np.ndarray) -> None:
+  """The groups above the axes; dropped clients stand left. `dropped` counts them, `shown` says what is drawn."""
+  if 0 < shown.sum() < shown.size:
+    axes.axvline(shown.sum() - 0.5, color="black", lw=1)
+  if dropped.any():
+    axes.text(0, 1.02, f"{dropped.sum():,} dropped", transform=axes.transAxes, color=DROPPED, weight="bold")
+  if (~dropped).any():
+    axes.text(
+      1, 1.02, f"{(~dropped).sum():,} present", transform=axes.transAxes, color=PRESENT, weight="bold", ha="right"
+    )
+
+
+def _label_classes(axes: Axes, run: Run, marked: set[int]) -> None:
+  """Class names along the vertical axis, the marked ones with a star; the marked ones only if there are many."""
+  names = run.class_names
+  ticks = [c for c in range(len(names)) if len(names) <= _LABELLED or c in marked]
+  axes.set_yticks(ticks, [f"★ {names[c]}" if c in marked else names[c] for c in ticks])
+  axes.tick_params(length=0)
+  for label, c in zip(axes.get_yticklabels(), ticks, strict=True):
+    label.set(color=DROPPED if c in marked else "black", weight="bold" if c in marked else "normal")
+    label.set_fontsize(9 if len(names) <= 20 else 7 if len(names) <= _LABELLED else 5.5)
+  axes.set_ylabel("class")
+
+
+def _counts_map() -> Any:
+  """Pale to dark in a hue that no group has, white where there is nothing (masked)."""
+  from matplotlib.colors import LinearSegmentedColormap
+
+  return LinearSegmentedColormap.from_list("counts", ["#EAE6F4", "#7A68B3", "#2B1460"]).with_extremes(bad="white")
+
+
+def _gap(images: np.ndarray) -> int:
+  return max(1, images.shape[2] // 12)
+
+
+def _mosaic(images: np.ndarray) -> np.ndarray:
+  """uint8 [R, n, h, w, c], c being 1 or 3, -> uint8 [height, width, 3] with white gaps between the images."""
+  rows, columns, height, width, _ = images.shape
+  gap = _gap(images)
+  canvas = np.full((rows, height + gap, columns, width + gap, 3), 255, np.uint8)
+  canvas[:, :height, :, :width] = images.transpose(0, 2, 1, 3, 4)
+  return canvas.reshape(rows * (height + gap), columns * (width + gap), 3)[:-gap, :-gap]

@@ -1,0 +1,85 @@
+"""The table of results, once as values and once as text for a terminal."""
+
+from typing import Any, NamedTuple
+
+GROUPS = (("own test examples", 5), ("pooled test", 2))
+COLUMNS = ("all", "dropped", "present", "monopolists", "worst 10 %", "all", "dropped")
+_OWN_KEYS = ("mean", "dropped", "present", "monopolists", "worst_decile")
+_WIDEST = 100
+_WIDEST_NAME = 30
+
+
+class Row(NamedTuple):
+  """One model's accuracies.
+
+  Attributes:
+    name: which model.
+    values: one for each of `COLUMNS`, in [0, 1], or None.
+  """
+
+  name: str
+  values: list[float | None]
+
+
+def rows(summary: dict[str, Any]) -> list[Row]:
+  """The rows of the table: the global model, then the personal models.
+
+  Args:
+    summary: `summary.json` of a run; what is null or missing there is None here.
+  """
+  shared = summary.get("global_accuracy") or {}
+  personal = summary.get("personal_accuracy") or {}
+  pooled = summary.get("pooled_accuracy") or {}
+  dropped = pooled.get("personal_dropped")
+  # The global model is the same for every client, so dropped ones have its pooled accuracy, if there are such clients.
+  shared_pooled = [pooled.get("global_model"), None if dropped is None else pooled.get("global_model")]
+  return [
+    Row("global model", [shared.get(key) for key in _OWN_KEYS] + shared_pooled),
+    Row(
+      f"personal models ({summary['algorithm']})",
+      [personal.get(key) for key in _OWN_KEYS] + [pooled.get("personal_mean"), dropped],
+    ),
+  ]
+
+
+def percent(value: float | None, missing: str = "-") -> str:
+  """A share in percent with one decimal, or `missing` for None and nan."""
+  return missing if value is None or value != value else f"{100 * value:.1f}"
+
+
+def title(summary: dict[str, Any]) -> str:
+  """The method on the data set, e.g. 'ap_fl on digits'."""
+  return f"{summary['algorithm']} on {summary['dataset']}"
+
+
+def table(summary: dict[str, Any]) -> str:
+  """The plain-text table that ends a run: test accuracies in percent, a dash where there is none.
+
+  Args:
+    summary: `summary.json` of a run, section "What a run leaves" of the design.
+
+  Returns:
+    Lines of at most 100 characters, without a newline at the end.
+  """
+  found = rows(summary)
+  names = [row.name if len(row.name) <= _WIDEST_NAME else row.name[: _WIDEST_NAME - 4] + "...)" for row in found]
+  label = max(map(len, names))
+  widths = [max(len(column), 7) for column in COLUMNS]
+
+  def line(name: str, cells: list[str]) -> str:
+    return "  ".join([name.ljust(label), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
+
+  header, start = [" " * label], 0
+  for group, size in GROUPS:
+    width = sum(widths[start : start + size]) + 2 * (size - 1)
+    header.append(f" {group} ".center(width, "-"))
+    start += size
+  setting = f"{title(summary)}, {summary['num_clients']:,} clients, {summary['rounds']:,} rounds"
+  return "\n".join(
+    [
+      f"Test accuracy in percent: {setting}"[:_WIDEST],
+      "  ".join(header),
+      line("", list(COLUMNS)),
+      *(line(name, [percent(value) for value in row.values]) for name, row in zip(names, found, strict=True)),
+    ]
+  )

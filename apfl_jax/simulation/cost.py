@@ -1,0 +1,91 @@
+"""What a run cost: operations and bytes, from the functions of the method alone; no method declares anything."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apfl_jax.metrics import ledger
+from apfl_jax.simulation.rounds import Inputs
+from apfl_jax.simulation.run import Result
+from apfl_jax.types import Algorithm, Data, Process, PyTree, Received, Span, Visit
+
+_PRICED = 32  # client sizes that are priced; those between are interpolated
+
+
+class Cost(NamedTuple):
+  """Totals of a run; operations count matrix products and convolutions, two for a multiplication and an addition.
+
+  Attributes:
+    local_flops: training on clients, all rounds.
+    generator_flops: what the server computes in `aggregate`; None where it computes no matrix product. Rounds of a
+      warm-up count as if they trained.
+    personalize_flops: making the personal models of the clients scored at the end.
+    bytes_up: uploads of all clients that started, lost ones included.
+    bytes_down: what clients that started, and clients personalised at the end, read of the download.
+  """
+
+  local_flops: float
+  generator_flops: float | None
+  personalize_flops: float
+  bytes_up: float
+  bytes_down: float
+
+
+def cost(build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, result: Result) -> Cost:
+  """Prices a run after it has ended, by tracing the method's functions; nothing is compiled or run."""
+  federation = inputs.federation
+  shapes = lambda tree: jax.eval_shape(lambda x: x, tree)
+  settings, store = shapes(inputs.settings), shapes(federation.store)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  algorithm = lambda settings: build(settings)[0]
+  download = jax.eval_shape(lambda s, state: algorithm(s).download(state), settings, result.state.server)
+  download = download._replace(own=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), download.own))
+  client = jax.eval_shape(lambda s, d, k: algorithm(s).init_client(d, k), settings, download, key)
+
+  def arguments(size: int, validation: int) -> tuple:
+    zero = np.int32(0)
+    spans = Span(zero, np.int32(size)), Span(zero, np.int32(validation))
+    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=np.float32(1), wait=zero)
+    return settings, download, client, store, *spans, visit, key
+
+  def local_update(settings, download, client, store, train, validation, visit, key):
+    return algorithm(settings).local_update(download, client, Data(store, train, validation), visit, key)
+
+  def personalize(settings, download, client, store, train, validation, visit, key):
+    return algorithm(settings).personalize(download, client, Data(store, train, validation), visit, key)
+
+  def aggregate(settings, server, received, key):
+    return algorithm(settings).aggregate(server, received, key)
+
+  train, validation = np.asarray(federation.train.size), np.asarray(federation.validation.size)
+  sizes, first = np.unique(train, return_index=True)
+  chosen = np.unique(np.linspace(0, len(sizes) - 1, _PRICED).round().astype(int))
+
+  def each_client(function: Callable) -> np.ndarray:
+    """float [N]: operations of one call for every client."""
+    price = ledger.pricer(function, *arguments(1, 1))
+    known = [price(*arguments(sizes[i], validation[first[i]])) for i in chosen]
+    return np.interp(train, sizes[chosen], known)
+
+  times = np.asarray(result.state.times)
+  _, upload = jax.eval_shape(local_update, *arguments(1, 1))
+  visits, rounds = float(times.sum()), sum(n > 0 for n in result.record.arrived)
+  received = Received(
+      total=upload.update,
+      weight=upload.weight,
+      kept=jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), upload.kept),
+      ids=jax.ShapeDtypeStruct((1,), jnp.int32),
+      arrived=jax.ShapeDtypeStruct((1,), bool),
+      staleness=jax.ShapeDtypeStruct((1,), jnp.int32),
+  )
+  read = lambda function: ledger.bytes_read(function, *arguments(1, 1), argnum=1)
+  return Cost(
+      local_flops=float((each_client(local_update) * times).sum()),
+      generator_flops=rounds * ledger.flops(aggregate, settings, result.state.server, received, key) or None,
+      personalize_flops=float(each_client(personalize)[result.rows].sum()),
+      bytes_up=visits * ledger.nbytes(upload),
+      bytes_down=visits * read(local_update) + len(result.rows) * read(personalize),
+  )

@@ -1,0 +1,305 @@
+"""The pure round step and the functions around it that a run needs, each compiled once."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from apfl_jax import population, random
+from apfl_jax.random import Purpose
+from apfl_jax.simulation.client_map import client_map
+from apfl_jax.simulation.cohort import draw_cohort
+from apfl_jax.training import evaluate
+from apfl_jax.types import (
+    Algorithm,
+    Array,
+    Data,
+    Download,
+    Federation,
+    Process,
+    PyTree,
+    Received,
+    Span,
+    State,
+    Visit,
+)
+
+
+class Inputs(NamedTuple):
+  """Everything traced that a run reads: changing any of it compiles nothing.
+
+  Attributes:
+    seed: uint32 [].
+    federation: who holds what.
+    pooled: Span [], the pooled test examples.
+    settings: pytree of float32, whatever `build` reads (learning rate, class embeddings, drop rates, ...).
+  """
+
+  seed: Array
+  federation: Federation
+  pooled: Span
+  settings: PyTree
+
+
+class RoundMetrics(NamedTuple):
+  """What happened in a round.
+
+  Attributes:
+    present: int32 [], clients that started.
+    arrived: int32 [], uploads that the server got.
+    ids: int32 [K], the cohort.
+    status: uint8 [K], 0 nobody, 1 took part but its upload was lost, 2 arrived.
+  """
+
+  present: Array
+  arrived: Array
+  ids: Array
+  status: Array
+
+
+class Scores(NamedTuple):
+  """How R clients' models, or one model for R clients, do.
+
+  Attributes:
+    own: int32 [R, C, C], confusion matrices on each client's own test examples.
+    pooled: int32 [R, C, C], on the pooled test examples.
+    own_loss: float32 [R], summed cross-entropy on the own test examples.
+  """
+
+  own: Array
+  pooled: Array
+  own_loss: Array
+
+
+class Simulator(NamedTuple):
+  """Compiled once per shape. `rows` are row numbers of the federation.
+
+  Attributes:
+    init: (inputs) -> State.
+    advance: (state, inputs, int32 [] rounds <= chunk) -> (State, RoundMetrics [chunk, ...]); the state is donated.
+    score_global: (state, inputs, rows [R], ok [R]) -> Scores of the global model, `pooled` left at zeros.
+    score_pooled: (state, inputs, classes bool [C]) -> int32 [C, C], the global model on the pooled test examples,
+      answering with one of these classes only.
+    score_personal: (state, inputs, rows [R], ok [R]) -> Scores of the personal models, which are made and dropped.
+    departed: (inputs, rounds) -> bool [N] by id, clients that never took part or left for good.
+    chunk: rounds a dispatch, at most.
+    num_classes: C.
+    has_global_model: whether the method has one.
+  """
+
+  init: Callable[[Inputs], State]
+  advance: Callable[[State, Inputs, Array], tuple[State, RoundMetrics]]
+  score_global: Callable[[State, Inputs, Array, Array], Scores]
+  score_pooled: Callable[[State, Inputs, Array], Array]
+  score_personal: Callable[[State, Inputs, Array, Array], Scores]
+  departed: Callable[[Inputs, Array], Array]
+  chunk: int
+  num_classes: int
+  has_global_model: bool
+
+
+def simulator(
+    build: Callable[[PyTree], tuple[Algorithm, Process]],
+    inputs: Inputs,
+    num_classes: int,
+    *,
+    population_size: int,
+    cohort_size: int,
+    chunk: int = 10,
+    versions: int = 1,
+    how: str = "auto",
+    mesh: Mesh | None = None,
+) -> Simulator:
+  """Makes the compiled functions of a simulation.
+
+  Args:
+    build: (settings) -> (algorithm, population process); called inside the trace with `inputs.settings`.
+    inputs: of any seed; only their shapes count here.
+    num_classes: C.
+    population_size: N, ids run from 0 to N - 1.
+    cohort_size: K, clients computed a round.
+    chunk: rounds a dispatch, at most.
+    versions: H, server versions kept; a client whose delay is not smaller does not arrive.
+    how: see `client_map.resolve`.
+    mesh: see `client_map`.
+  """
+  over_clients = partial(client_map, how=how, mesh=mesh)
+
+  def init(inputs: Inputs) -> State:
+    algorithm, process = build(inputs.settings)
+    server = algorithm.init(random.key(inputs.seed, Purpose.SERVER))
+    download = algorithm.download(server)
+    rows = inputs.federation.id.shape[0]
+    # Rows do not exist before a client's first visit: only their shape is asked for.
+    client = jax.eval_shape(algorithm.init_client, _own(download, 0), jax.random.key(0))
+    return State(
+        round=jnp.int32(0),
+        server=server,
+        clients=jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), client),
+        times=jnp.zeros(rows, jnp.int32),
+        population=population.start(process, inputs.seed),
+        history=jax.tree.map(lambda x: jnp.zeros((versions, *jnp.shape(x)), jnp.result_type(x)), download.shared),
+    )
+
+  def round_step(state: State, inputs: Inputs, sorted_ids: Array, order: Array) -> tuple[State, RoundMetrics]:
+    algorithm, process = build(inputs.settings)
+    federation, seed, now = inputs.federation, inputs.seed, state.round
+    presence = population.step(process, state.population, now, seed)
+    ids, ok = draw_cohort(process, presence, now, seed, population_size, cohort_size)
+    there = population.look(process, presence, now, ids, seed)
+
+    row = order[jnp.searchsorted(sorted_ids, ids)]
+    # Clients of like work lie together, so that a chunk under vmap waits for few.
+    by_work = jnp.argsort(jnp.where(ok, -federation.train.size[row] * there.work, jnp.inf))
+    ids, ok, row, there = jax.tree.map(lambda x: x[by_work], (ids, ok, row, there))
+
+    download = algorithm.download(state.server)
+    history = jax.tree.map(lambda h, x: h.at[now % versions].set(x), state.history, download.shared)
+    delay = jnp.minimum(there.delay, now)
+    fresh_enough = delay < versions
+
+    def client(shared, item):
+      federation, history = shared
+      slot, own, row, visit, client, arrives = item
+      download = Download(jax.tree.map(lambda h: h[slot], history), own)
+      new = algorithm.init_client(download, random.key(seed, Purpose.CLIENT, visit.id))
+      client = jax.tree.map(lambda a, b: jnp.where(visit.times == 0, a, b), new, client)
+      key = random.key(seed, Purpose.LOCAL_UPDATE, visit.round, visit.id)
+      client, upload = algorithm.local_update(download, client, _data(federation, row), visit, key)
+      arrived = arrives & _finite((upload.update, upload.weight, upload.kept))
+      weight = jnp.where(arrived, upload.weight, 0.0)
+      total = jax.tree.map(lambda u: jnp.where(arrived, weight * u, jnp.zeros_like(u)), upload.update)
+      kept = jax.tree.map(lambda k: jnp.where(arrived, k, jnp.zeros_like(k)), upload.kept)
+      return (total, weight), (client, kept, arrived)
+
+    visit = Visit(
+        id=ids,
+        round=jnp.broadcast_to(now, ids.shape),
+        times=state.times[row],
+        staleness=delay,
+        work=there.work,
+        wait=jnp.zeros_like(ids),
+    )
+    mine = jax.tree.map(lambda x: x[row], state.clients)
+    own = jax.tree.map(lambda x: x[ids], download.own)
+    items = ((now - delay) % versions, own, row, visit, mine, there.arrives & fresh_enough)
+    (total, weight), (mine, kept, arrived) = over_clients(client)((federation, history), items, ok)
+
+    received = Received(total, weight, kept, ids, arrived, delay)
+    server = jax.lax.cond(
+        jnp.any(arrived) & (weight > 0),
+        algorithm.aggregate,
+        lambda server, received, key: server,
+        state.server,
+        received,
+        random.key(seed, Purpose.AGGREGATE, now),
+    )
+    place = jnp.where(ok, row, federation.id.shape[0])  # out of range: not written
+    state = State(
+        round=now + 1,
+        server=server,
+        clients=jax.tree.map(lambda all, x: all.at[place].set(x, mode="drop"), state.clients, mine),
+        times=state.times.at[place].add(1, mode="drop"),
+        population=presence,
+        history=history,
+    )
+    status = ok.astype(jnp.uint8) + arrived
+    return state, RoundMetrics(jnp.sum(ok), jnp.sum(arrived), ids, status.astype(jnp.uint8))
+
+  @partial(jax.jit, donate_argnums=0)
+  def advance(state: State, inputs: Inputs, rounds: Array) -> tuple[State, RoundMetrics]:
+    order = jnp.argsort(inputs.federation.id)
+    sorted_ids = inputs.federation.id[order]
+    shape = jax.eval_shape(round_step, state, inputs, sorted_ids, order)[1]
+    record = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), shape)
+
+    def body(i, carry):
+      state, record = carry
+      state, metrics = round_step(state, inputs, sorted_ids, order)
+      return state, jax.tree.map(lambda all, x: all.at[i].set(x), record, metrics)
+
+    return jax.lax.fori_loop(0, rounds, body, (state, record))
+
+  def score(predict: Callable[[Any, Array], Any], federation: Federation, pooled: Span, model: PyTree, row: Array):
+    answer = partial(predict, model)
+    own = evaluate(answer, federation.store, _at(federation.test, row), num_classes)
+    return Scores(own.confusion, evaluate(answer, federation.store, pooled, num_classes).confusion, own.loss)
+
+  @jax.jit
+  def score_global(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:
+    algorithm, _ = build(inputs.settings)
+    model = algorithm.global_model(state.server)
+    nothing = Span(jnp.int32(0), jnp.int32(0))
+    one = lambda shared, row: ((), score(algorithm.predict, *shared, row))
+    return over_clients(one)((inputs.federation, nothing, model), rows, ok)[1]
+
+  @jax.jit
+  def score_pooled(state: State, inputs: Inputs, classes: Array) -> Array:
+    algorithm, _ = build(inputs.settings)
+    answer = partial(algorithm.predict, algorithm.global_model(state.server))
+    return evaluate(answer, inputs.federation.store, inputs.pooled, num_classes, classes).confusion
+
+  @jax.jit
+  def score_personal(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:
+    algorithm, _ = build(inputs.settings)
+    federation, seed = inputs.federation, inputs.seed
+    download = algorithm.download(state.server)
+
+    def one(shared, item):
+      federation, pooled, common = shared
+      own, row, id, times, client = item
+      download = Download(common, own)
+      new = algorithm.init_client(download, random.key(seed, Purpose.CLIENT, id))
+      client = jax.tree.map(lambda a, b: jnp.where(times == 0, a, b), new, client)
+      nothing = jnp.int32(0)
+      visit = Visit(id, state.round, times, nothing, jnp.float32(1.0), nothing)
+      # The same key at every round: choosing when to return is not choosing luck.
+      key = random.key(seed, Purpose.PERSONALIZE, id)
+      model = algorithm.personalize(download, client, _data(federation, row), visit, key)
+      return (), score(algorithm.predict, federation, pooled, model, row)
+
+    ids = federation.id[rows]
+    mine = jax.tree.map(lambda x: x[rows], state.clients)
+    own = jax.tree.map(lambda x: x[ids], download.own)
+    items = (own, rows, ids, state.times[rows], mine)
+    return over_clients(one)((federation, inputs.pooled, download.shared), items, ok)[1]
+
+  @jax.jit
+  def departed(inputs: Inputs, rounds: Array) -> Array:
+    return population.departed(build(inputs.settings)[1], inputs.seed, rounds, population_size)
+
+  def has_global_model(inputs):
+    algorithm, _ = build(inputs.settings)
+    return algorithm.global_model(algorithm.init(random.key(inputs.seed, Purpose.SERVER)))
+
+  return Simulator(
+      init=jax.jit(init),
+      advance=advance,
+      score_global=score_global,
+      score_pooled=score_pooled,
+      score_personal=score_personal,
+      departed=departed,
+      chunk=chunk,
+      num_classes=num_classes,
+      has_global_model=jax.eval_shape(has_global_model, inputs) is not None,
+  )
+
+
+def _at(span: Span, row: Array) -> Span:
+  return Span(span.start[row], span.size[row])
+
+
+def _data(federation: Federation, row: Array) -> Data:
+  return Data(federation.store, _at(federation.train, row), _at(federation.validation, row))
+
+
+def _own(download: Download, id: int) -> Download:
+  return Download(download.shared, jax.tree.map(lambda x: x[id], download.own))
+
+
+def _finite(tree: PyTree) -> Array:
+  leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)

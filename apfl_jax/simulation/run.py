@@ -1,0 +1,256 @@
+"""A run: chunks of rounds on the device, and what the host does between them."""
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from apfl_jax import metrics
+from apfl_jax.simulation.checkpoints import Checkpoints
+from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Scores, Simulator
+from apfl_jax.types import State
+
+
+class Record(NamedTuple):
+  """What was measured so far; part of every checkpoint.
+
+  Attributes:
+    metrics: a dict per evaluated round: only what the seed determines.
+    timings: a dict per chunk of rounds.
+    present: a number a round, clients that started.
+    arrived: a number a round, uploads that arrived.
+    presence: a string a round, a digit for each of `presence_ids`: 0 absent, 1 upload lost, 2 arrived.
+  """
+
+  metrics: list[dict[str, Any]]
+  timings: list[dict[str, Any]]
+  present: list[int]
+  arrived: list[int]
+  presence: list[str]
+
+
+class Result(NamedTuple):
+  """What a run ends with. Rows are those of `rows`, [R].
+
+  Attributes:
+    state: after the last round.
+    record: see `Record`.
+    rows: int32 [R], the federation rows that were scored.
+    presence_ids: int32 [N'], the ids of the presence map.
+    dropped: bool [R], never took part or left for good.
+    global_scores: Scores of the global model on the clients' own test examples; None where the method has none.
+    personal_scores: Scores of the personal models.
+    pooled_confusion: (classes bool [C]) -> int32 [C, C], the global model on the pooled test examples, answering with
+      one of these classes only; None without a global model.
+  """
+
+  state: State
+  record: Record
+  rows: np.ndarray
+  presence_ids: np.ndarray
+  dropped: np.ndarray
+  global_scores: Scores | None
+  personal_scores: Scores
+  pooled_confusion: Callable[[np.ndarray], np.ndarray] | None
+
+
+def run(
+    simulator: Simulator,
+    inputs: Inputs,
+    *,
+    rounds: int,
+    eval_every: int = 5,
+    personalize_every: int = 0,
+    eval_clients: int = 0,
+    checkpoint_every: int = 0,
+    directory: Path | None = None,
+    on_record: Callable[[Record], None] = lambda record: None,
+    progress: bool = True,
+) -> Result:
+  """Runs to the last round, from the newest checkpoint if there is one, and scores global and personal models.
+
+  Args:
+    simulator: the compiled functions.
+    inputs: what is traced.
+    rounds: T >= 1.
+    eval_every: rounds between evaluations of the global model; 0 for the last round only.
+    personalize_every: rounds between evaluations of personal models; 0 for the last round only.
+    eval_clients: how many clients are scored, spread evenly over the rows; 0 for all.
+    checkpoint_every: rounds between checkpoints; 0 for none.
+    directory: where checkpoints live; None for none.
+    on_record: called with the record whenever it has grown, and once at the start of a resumed run.
+    progress: whether to show a bar.
+  """
+  population = inputs.federation.id.shape[0]
+  rows = _spread(population, eval_clients)
+  presence_ids = np.sort(np.asarray(inputs.federation.id)[_spread(population, 256)])
+  gone = np.asarray(simulator.departed(inputs, jnp.int32(rounds)))[np.asarray(inputs.federation.id)]
+  record = Record([], [], [], [], [])
+  checkpoints = Checkpoints(directory) if directory is not None and checkpoint_every else None
+  found = checkpoints.restore(jax.eval_shape(simulator.init, inputs)) if checkpoints else None
+  if found:
+    state, record = found[0], Record(**found[1])
+    on_record(record)
+  else:
+    state = simulator.init(inputs)
+  done = int(state.round)
+
+  def due(every: int, at: int) -> bool:
+    return bool(every) and at % every == 0
+
+  def evaluate(state: State, at: int, personal: bool) -> tuple[np.ndarray, Scores | None, Scores | None]:
+    dropped = (gone | (np.asarray(state.times) == 0))[rows]
+    bar = progress and at == rounds
+    shared = _score(simulator.score_global, state, inputs, rows, "scoring", bar) if simulator.has_global_model else None
+    own = _score(simulator.score_personal, state, inputs, rows, "personalising", bar) if personal else None
+    pooled = np.full((), np.nan) if shared is None else metrics.accuracy(pooled_confusion(state, everything))
+    record.metrics.append(_line(record, at, dropped, shared, own, float(pooled)))
+    return dropped, shared, own
+
+  def pooled_confusion(state: State, classes: np.ndarray) -> np.ndarray:
+    return np.asarray(simulator.score_pooled(state, inputs, jnp.asarray(classes)))
+
+  everything = np.ones(simulator.num_classes, bool)
+
+  with tqdm(
+      total=rounds, initial=done, desc="rounds", unit="round", disable=not progress, mininterval=_interval()
+  ) as bar:
+    while done < rounds:
+      cadences = [c for c in (eval_every, personalize_every, checkpoint_every) if c]
+      size = min([simulator.chunk, rounds - done, *(c - done % c for c in cadences)])
+      with Stopwatch() as watch:
+        state, happened = simulator.advance(state, inputs, jnp.int32(size))
+        happened = jax.tree.map(lambda x: np.asarray(x)[:size], happened)
+      done += size
+      record.present.extend(happened.present.tolist())
+      record.arrived.extend(happened.arrived.tolist())
+      record.presence.extend(_presence(happened, presence_ids, population))
+      record.timings.append({"round": done, **watch.read()})
+      if done < rounds and (due(eval_every, done) or due(personalize_every, done)):
+        evaluate(state, done, personal=due(personalize_every, done))
+        shown = record.metrics[-1]["pooled_accuracy"]
+        bar.set_postfix_str("" if shown is None else f"global model {100 * shown:.1f} % pooled")
+      bar.update(size)
+      on_record(record)
+      if checkpoints and (due(checkpoint_every, done) or done == rounds):
+        checkpoints.save(state, record._asdict())
+  if checkpoints:
+    checkpoints.close()
+
+  with Stopwatch() as watch:
+    dropped, shared, own = evaluate(state, rounds, personal=True)
+  record.timings.append({"round": rounds, **watch.read()})
+  on_record(record)
+  assert own is not None
+  confusion = partial(pooled_confusion, state) if simulator.has_global_model else None
+  return Result(state, record, rows, presence_ids, dropped, shared, own, confusion)
+
+
+def _line(
+    record: Record, at: int, dropped: np.ndarray, shared: Scores | None, own: Scores | None, pooled: float
+) -> dict[str, Any]:
+  """A line of metrics.jsonl."""
+
+  def mean(values: np.ndarray) -> float | None:
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else None
+
+  line: dict[str, Any] = {"round": at, "present": record.present[-1], "arrived": record.arrived[-1]}
+  for name, scores in (("global", shared), ("personal", own)):
+    each = np.full(len(dropped), np.nan) if scores is None else metrics.accuracy(scores.own)
+    line[f"{name}_accuracy"] = mean(each)
+    line[f"{name}_accuracy_dropped"] = mean(each[dropped])
+    line[f"{name}_accuracy_present"] = mean(each[~dropped])
+    if scores is not None:
+      line[f"{name}_loss"] = float(scores.own_loss.sum() / max(scores.own.sum(), 1))
+    else:
+      line[f"{name}_loss"] = None
+  line["pooled_accuracy"] = mean(np.array([pooled]))
+  line["personal_pooled_accuracy"] = None if own is None else mean(metrics.accuracy(own.pooled))
+  return line
+
+
+def _score(
+    function: Callable[..., Scores], state: State, inputs: Inputs, rows: np.ndarray, name: str, progress: bool
+) -> Scores:
+  """Scores in blocks, so that long work shows progress and one block's shapes serve them all."""
+  block = min(len(rows), 16)
+  parts = []
+  for start in tqdm(
+      range(0, len(rows), block), desc=name, unit=f"x{block} clients", disable=not progress, mininterval=_interval()
+  ):
+    some = rows[start : start + block]
+    ok = np.arange(block) < len(some)
+    padded = np.pad(some, (0, block - len(some)))
+    scores = function(state, inputs, jnp.asarray(padded), jnp.asarray(ok))
+    parts.append(jax.tree.map(lambda x, n=len(some): np.asarray(x)[:n], scores))
+  return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def _presence(happened: RoundMetrics, ids: np.ndarray, population: int) -> list[str]:
+  place = np.full(population, -1)
+  place[ids] = np.arange(len(ids))
+  lines = []
+  for cohort, status in zip(happened.ids, happened.status, strict=True):
+    shown = np.zeros(len(ids), np.uint8)
+    inside = (place[cohort] >= 0) & (status > 0)
+    shown[place[cohort[inside]]] = status[inside]
+    lines.append("".join(map(str, shown)))
+  return lines
+
+
+def _spread(population: int, count: int) -> np.ndarray:
+  """Row numbers int32, evenly spread; all of them for 0."""
+  if not count or count >= population:
+    return np.arange(population, dtype=np.int32)
+  return np.linspace(0, population - 1, count).round().astype(np.int32)
+
+
+def _interval() -> float:
+  return 0.2 if sys.stderr.isatty() else 10.0
+
+
+def peak_memory_bytes() -> int:
+  """Peak bytes in use: of the first device where it tells, else resident memory of this process."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and "peak_bytes_in_use" in stats:
+    return int(stats["peak_bytes_in_use"])
+  import resource
+
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Stopwatch:
+  """Wall seconds of a block, and how many of them XLA spent compiling."""
+
+  def __enter__(self) -> "Stopwatch":
+    self._compile_seconds, self._compilations = 0.0, 0
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+    self._start = time.perf_counter()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._seconds = time.perf_counter() - self._start
+    jax.monitoring.unregister_event_duration_listener(self._listen)
+
+  def _listen(self, event: str, seconds: float, **_: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      self._compilations += 1
+      self._compile_seconds += seconds
+
+  def read(self) -> dict[str, Any]:
+    """The row of timings.jsonl, once the block has ended."""
+    return {
+        "seconds": round(self._seconds, 4),
+        "compile_seconds": round(self._compile_seconds, 4),
+        "compilations": self._compilations,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }

@@ -1,0 +1,51 @@
+"""A model's confusion matrix and loss over a span."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from apfl_jax.metrics import confusion
+from apfl_jax.training.batches import gather
+from apfl_jax.training.losses import cross_entropy
+from apfl_jax.types import Array, Prediction, Span, Store
+
+_BATCH = 64
+
+
+class Evaluation(NamedTuple):
+  """Counts, so that any mean can be taken later.
+
+  Attributes:
+    confusion: int32 [C, C], rows are true classes.
+    loss: float32 [], summed cross-entropy.
+  """
+
+  confusion: Array
+  loss: Array
+
+
+def evaluate(
+    predict: Callable[[Array], Prediction], store: Store, span: Span, num_classes: int, classes: Array | None = None
+) -> Evaluation:
+  """Scores `predict(images [B, ...])` on a span; an empty span gives zeros.
+
+  Args:
+    predict: images float32 in [0, 1] -> Prediction.
+    store: the examples.
+    span: Span [].
+    num_classes: C.
+    classes: bool [C]; if given, the answer is the best of these classes only.
+  """
+
+  def body(i, total):
+    batch = gather(store, span, i * _BATCH + jnp.arange(_BATCH), num_classes)
+    logits = predict(batch.images).logits
+    answer = jnp.argmax(logits if classes is None else jnp.where(classes, logits, -jnp.inf), axis=-1)
+    counts = confusion(jnp.argmax(batch.targets, axis=-1), answer, batch.mask > 0, num_classes)
+    loss = jnp.sum(batch.mask * cross_entropy(logits, batch.targets))
+    return Evaluation(total.confusion + counts, total.loss + loss)
+
+  empty = Evaluation(jnp.zeros((num_classes, num_classes), jnp.int32), jnp.zeros(()))
+  return jax.lax.fori_loop(0, (span.size + _BATCH - 1) // _BATCH, body, empty)

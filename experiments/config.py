@@ -1,0 +1,212 @@
+"""Every setting of a run, defined once: a field of `Config` is a flag, a key of flags.txt and an argument in Python.
+
+A method's own settings are the keyword arguments of its `make`; they become flags prefixed by its name.
+"""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from apfl_jax import algorithms, nn, semantics
+from apfl_jax.errors import InputError
+from apfl_jax.population import PROCESSES
+from apfl_jax.training.augment import AUGMENTATIONS
+
+PARTITIONS = ("iid", "dirichlet", "pathological")
+_NOT_OF_A_RUN = ("workdir", "progress")  # may differ when a run is continued
+
+
+def _setting(default: Any, help: str, **limits: Any) -> Any:
+  """A field with its help text and its limits: `choices`, `least`, `above`, `most`."""
+  return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The settings of one run; the defaults are the main job: AP-FL on digits, most clients gone, two classes lost."""
+
+  algorithm: str = _setting("ap_fl", "method; `help` lists them", choices=tuple(algorithms.METHODS))
+  dataset: str = _setting("digits", "digits, fast, or a prepared image-classification set of tensorflow-datasets")
+  data_dir: str = _setting("", "folder of prepared tensorflow-datasets; empty for their default")
+  num_clients: int = _setting(10, "clients in the population", least=1)
+  examples_per_client: int = _setting(0, "examples of each client; 0 shares out the whole set", least=0)
+  cohort_size: int = _setting(0, "clients computed a round; 0 for all", least=0)
+  partition: str = _setting("dirichlet", "how examples are shared out", choices=PARTITIONS)
+  alpha: float = _setting(0.1, "Dirichlet concentration: small is skewed", above=0)
+  classes_per_client: int = _setting(2, "of the pathological partition", least=1)
+  min_examples: int = _setting(16, "least examples of a client", least=2)
+  monopolistic_classes: int = _setting(2, "classes that only clients which drop hold", least=0)
+  dropout: str = _setting("cold", f"processes of availability, comma-separated: {', '.join(PROCESSES)}")
+  drop_rate: str = _setting("0.6", "rate of each process in [0, 1], comma-separated; one stands for all")
+  versions: int = _setting(1, "server versions kept; a client later than that does not arrive", least=1)
+  rounds: int = _setting(40, "rounds", least=1)
+  local_epochs: int = _setting(1, "passes over a client's examples a round, where local_steps is 0", least=1)
+  local_steps: int = _setting(15, "SGD steps of a client a round; 0 for local_epochs", least=0)
+  personal_steps: int = _setting(200, "SGD steps that a method may spend to personalise", least=0)
+  batch_size: int = _setting(16, "examples an SGD step", least=1)
+  learning_rate: float = _setting(0.05, "of local SGD", above=0)
+  weighting: str = _setting("examples", "what a client counts by", choices=("examples", "uniform"))
+  augment: str = _setting("shift", "of clients' training examples, for every method", choices=AUGMENTATIONS)
+  model: str = _setting("cnn_small", "classifier", choices=nn.MODELS)
+  head: str = _setting("auto", "classifier's head; auto is what the method's paper has", choices=("auto", *nn.HEADS))
+  embeddings: str = _setting("attributes", "of class names", choices=semantics.KINDS)
+  compute_dtype: str = _setting("float32", "what layers compute in", choices=("float32", "bfloat16"))
+  seed: int = _setting(0, "of everything random", least=0, most=2**32 - 1)
+  workdir: str = _setting("", "run directory; empty for runs/ALGORITHM-DATASET-SEED")
+  client_map: str = _setting("auto", "how clients run: auto, sequential, vmap, vmap:CHUNK")
+  eval_every: int = _setting(5, "rounds between scores of the global model; 0 for the last only", least=0)
+  eval_clients: int = _setting(0, "clients scored; 0 for all", least=0)
+  pooled_examples: int = _setting(1000, "pooled test examples, class-balanced; 0 for the whole split", least=0)
+  personalize_every: int = _setting(0, "rounds between scores of personal models; 0 for the last only", least=0)
+  checkpoint_every: int = _setting(10, "rounds between checkpoints; 0 for none", least=0)
+  progress: bool = _setting(True, "show progress")
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    """Raises InputError for the first field outside its limits."""
+    for field in fields():
+      check(field.name, getattr(self, field.name), field.metadata)
+    known = algorithms.settings(self.algorithm)
+    for name in self.settings:
+      if name not in known:
+        raise InputError(f"{self.algorithm}_{name}: no such setting, accepted are {', '.join(known) or 'none'}")
+    processes, rates = self.processes
+    if len(rates) != len(processes):
+      raise InputError(f"drop_rate: got {len(rates)} rates for {len(processes)} processes, accepted are 1 or a rate each")
+    if self.cohort_size > self.num_clients:
+      raise InputError(f"cohort_size: got {self.cohort_size}, accepted is 0 (all) to num_clients={self.num_clients}")
+
+  @property
+  def processes(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Names and rates of the availability processes."""
+    names = tuple(part.strip() for part in self.dropout.split(","))
+    for name in names:
+      if name not in PROCESSES:
+        raise InputError(f"dropout: got {name!r}, accepted are {', '.join(PROCESSES)}, comma-separated")
+    rates = []
+    for part in str(self.drop_rate).split(","):
+      try:
+        rate = float(part)
+      except ValueError:
+        rate = -1.0
+      if not 0 <= rate <= 1:
+        raise InputError(f"drop_rate: got {part!r}, accepted are numbers from 0 to 1, comma-separated")
+      rates.append(rate)
+    return names, tuple(rates * len(names) if len(rates) == 1 else rates)
+
+  def lines(self) -> list[str]:
+    """All flags of the run, a --name=value a line, as flags.txt holds them."""
+    values = {field.name: getattr(self, field.name) for field in fields()}
+    for name, parameter in algorithms.settings(self.algorithm).items():
+      values[f"{self.algorithm}_{name}"] = self.settings.get(name, parameter.default)
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()]
+
+  def identity(self) -> set[str]:
+    """The lines that make it this run and no other."""
+    return {line for line in self.lines() if not line.startswith(tuple(f"--{name}=" for name in _NOT_OF_A_RUN))}
+
+
+def fields() -> list[dataclasses.Field]:
+  """The fields that are flags of their own."""
+  return [field for field in dataclasses.fields(Config) if field.name != "settings"]
+
+
+def check(name: str, value: Any, limits: Any) -> None:
+  """Raises InputError if a value is outside the limits of its setting."""
+  choices = limits.get("choices")
+  if choices and value not in choices:
+    raise InputError(f"{name}: got {value!r}, accepted are {', '.join(choices)}")
+  if "least" in limits and not value >= limits["least"]:
+    raise InputError(f"{name}: got {value}, accepted is {limits['least']} or more")
+  if "most" in limits and not value <= limits["most"]:
+    raise InputError(f"{name}: got {value}, accepted is at most {limits['most']}")
+  if "above" in limits and not limits["above"] < value < float("inf"):
+    raise InputError(f"{name}: got {value}, accepted is a finite number above {limits['above']}")
+
+
+_DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+
+
+def define_flags() -> None:
+  """Defines a flag for every field of `Config` and for every setting of every method."""
+  for field in fields():
+    choices = field.metadata.get("choices")
+    help = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+    _DEFINE[type(field.default)](field.name, field.default, help)
+  for method, entry in algorithms.METHODS.items():
+    texts = _argument_texts(entry.make)
+    for name, parameter in algorithms.settings(method).items():
+      _DEFINE[type(parameter.default)](f"{method}_{name}", parameter.default, f"{method}: {texts.get(name, name)}")
+
+
+def _argument_texts(function: Any) -> dict[str, str]:
+  """name -> text, from the Args section of a docstring."""
+  _, _, section = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
+  texts: dict[str, str] = {}
+  name = ""
+  for line in section.splitlines():
+    if line.startswith("  ") and not line.startswith("   "):
+      name, _, text = line.strip().partition(": ")
+      texts[name] = text
+    elif line.startswith("   ") and name:
+      texts[name] += " " + line.strip()
+    else:
+      break
+  return texts
+
+
+def from_flags() -> Config:
+  """The Config that the parsed flags say."""
+  values = {field.name: flags.FLAGS[field.name].value for field in fields()}
+  method = values["algorithm"]
+  if method in algorithms.METHODS:
+    values["settings"] = {name: flags.FLAGS[f"{method}_{name}"].value for name in algorithms.settings(method)}
+  return Config(**values)
+
+
+def table_of_methods() -> str:
+  """A line for each method: what `--algorithm=help` prints."""
+  width = max(map(len, algorithms.METHODS))
+  return "\n".join(f"{name:{width}}  {entry.paper}" for name, entry in algorithms.METHODS.items())
+
+
+def main(run: Any) -> None:
+  """Runs an absl binary; bad input of any kind ends it with one line on standard error and exit code 2."""
+
+  def parse(arguments: Sequence[str]) -> list[str]:
+    try:
+      rest = flags.FLAGS(arguments)
+    except flags.Error as error:
+      _fail(_one_line(error))
+    if len(rest) > 1:
+      _fail(f"{rest[1]}: not a flag; flags begin with --, --help lists them")
+    return rest
+
+  def guarded(arguments: Sequence[str]) -> Any:
+    try:
+      return run(arguments)
+    except InputError as error:
+      _fail(str(error))
+
+  logging.set_verbosity(logging.WARNING)  # JAX tells on INFO which accelerators it did not find
+  app.run(guarded, flags_parser=parse)
+
+
+def _one_line(error: flags.Error) -> str:
+  """An absl flag error in our form: flag, what it got, what it takes."""
+  text = str(error).replace("\n", " ")
+  if text.startswith("flag --") and "=" in text.split(":")[0]:
+    name, _, value = text[len("flag --") :].split(": ")[0].partition("=")
+    kind = flags.FLAGS[name].value if name in flags.FLAGS else None
+    wants = {int: "a whole number", float: "a number", bool: "true or false"}.get(type(kind), "another value")
+    return f"{name}: got {value!r}, accepted is {wants}"
+  return text
+
+
+def _fail(message: str) -> None:
+  print(f"error: {message}", file=sys.stderr, flush=True)
+  sys.exit(2)

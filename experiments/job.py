@@ -1,0 +1,390 @@
+"""From a `Config` to a run directory: what `experiments.train` does, as a function for Colab, sweeps and tests."""
+
+import contextlib
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import apfl_jax
+from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation
+from apfl_jax.errors import InputError
+from apfl_jax.types import Algorithm, LocalSGD, Process, PyTree, Task
+from experiments.config import Config
+
+_SAMPLES = 8  # images a class in the report
+
+
+class Job(NamedTuple):
+  """A run that is ready to go: everything that can be refused has been.
+
+  Attributes:
+    config: the settings.
+    dataset: what is learnt.
+    monopolistic: int [m], the classes that only departing clients hold.
+    inputs: what is traced.
+    build: settings -> (algorithm, process).
+    task: settings -> Task.
+    simulator: the compiled functions.
+  """
+
+  config: Config
+  dataset: data.Dataset
+  monopolistic: np.ndarray
+  inputs: simulation.Inputs
+  build: Callable[[PyTree], tuple[Algorithm, Process]]
+  task: Callable[[PyTree], Task]
+  simulator: simulation.Simulator
+
+
+def prepare(config: Config) -> Job:
+  """Loads, partitions and builds; nothing is written. Raises InputError for whatever does not fit together."""
+  simulation.resolve(config.client_map)
+  dataset = data.load(config.dataset, config.data_dir or None)
+  num_classes, image_shape = len(dataset.class_names), dataset.images.shape[1:]
+  host = lambda purpose: np.random.default_rng([config.seed, int(purpose)])
+
+  names, rates = config.processes
+  gone = _departed(config)
+  if gone.all():
+    raise InputError(
+        f"drop_rate: got {config.drop_rate} with --dropout={config.dropout}, which leaves none of the"
+        f" {config.num_clients} clients; accepted is a rate at which one stays"
+    )
+  if config.monopolistic_classes and not gone.any():
+    raise InputError(
+        f"monopolistic_classes: got {config.monopolistic_classes}, but --dropout={config.dropout}"
+        f" --drop_rate={config.drop_rate} makes no client leave to hold them; accepted is 0"
+    )
+  partition, monopolistic = _partition(config, dataset.labels, num_classes, gone, host(random.Purpose.PARTITION))
+  federation, pooled = data.build(
+      dataset, partition, rng=host(random.Purpose.SPLIT), pooled_examples=config.pooled_examples
+  )
+  table = semantics.embeddings(
+      config.embeddings, dataset.class_names, dataset.name, rng=host(random.Purpose.EMBEDDINGS)
+  )
+
+  entry = algorithms.METHODS[config.algorithm]
+  defaults = {name: p.default for name, p in algorithms.settings(config.algorithm).items()}
+  chosen = {**defaults, **config.settings}
+  traced = {name: jnp.float32(value) for name, value in chosen.items() if isinstance(defaults[name], float)}
+  static = {name: value for name, value in chosen.items() if name not in traced}
+  head = entry.head if config.head == "auto" else config.head
+
+  def task(settings: PyTree) -> Task:
+    model = nn.classifier(
+        config.model,
+        image_shape,
+        num_classes,
+        head=head,
+        embeddings=settings["embeddings"],
+        dtype=jnp.dtype(config.compute_dtype),
+    )
+    sgd = LocalSGD(
+        learning_rate=settings["learning_rate"],
+        batch_size=config.batch_size,
+        epochs=config.local_epochs,
+        steps=config.local_steps,
+        personal_steps=config.personal_steps,
+        weighting=config.weighting,
+        augment=config.augment,
+    )
+    return Task(config.num_clients, num_classes, image_shape, settings["embeddings"], model, sgd)
+
+  def build(settings: PyTree) -> tuple[Algorithm, Process]:
+    algorithm = entry.make(task(settings), **static, **settings["method"])
+    return algorithm, population.make(names, config.num_clients, settings["drop_rates"])
+
+  inputs = simulation.Inputs(
+      seed=jnp.uint32(config.seed),
+      federation=jax.tree.map(jnp.asarray, federation),
+      pooled=jax.tree.map(jnp.asarray, pooled),
+      settings={
+          "learning_rate": jnp.float32(config.learning_rate),
+          "drop_rates": jnp.asarray(rates, jnp.float32),
+          "embeddings": jnp.asarray(table),
+          "method": traced,
+      },
+  )
+  simulator = simulation.simulator(
+      build,
+      inputs,
+      num_classes,
+      population_size=config.num_clients,
+      cohort_size=config.cohort_size or config.num_clients,
+      chunk=min(10, config.rounds),
+      versions=config.versions,
+      how=config.client_map,
+      mesh=simulation.default_mesh(),
+  )
+  return Job(config, dataset, monopolistic, inputs, build, task, simulator)
+
+
+def run(config: Config) -> dict[str, Any]:
+  """Runs a job in its run directory, from where it stopped if it did; returns summary.json's content.
+
+  Raises:
+    InputError: see `prepare`; or the directory holds another run.
+  """
+  workdir = Path(config.workdir or f"runs/{config.algorithm}-{config.dataset.replace('/', '_')}-{config.seed}")
+  workdir = workdir.absolute()
+  finished = _claim(workdir, config, write=False)
+  if finished:
+    return _announced(finished, workdir)
+  started = time.perf_counter()
+  with simulation.Stopwatch() as watch:
+    job = prepare(config)
+    _claim(workdir, config, write=True)
+    result = simulation.run(
+        job.simulator,
+        job.inputs,
+        rounds=config.rounds,
+        eval_every=config.eval_every,
+        personalize_every=config.personalize_every,
+        eval_clients=config.eval_clients,
+        checkpoint_every=config.checkpoint_every,
+        directory=workdir / "checkpoints",
+        on_record=partial(_write_record, workdir),
+        progress=config.progress,
+    )
+  arrays = _arrays(job, result)
+  _write_clients(workdir / "clients.csv", job, result, arrays["histogram"])
+  with _replacing(workdir / "arrays.npz") as path, open(path, "wb") as file:
+    np.savez_compressed(file, **arrays)
+  summary = _summary(job, result, arrays, seconds=time.perf_counter() - started, compiling=watch.read())
+  _write_json(workdir / "summary.json", summary)
+  try:
+    report.write(workdir)
+  except ModuleNotFoundError as error:
+    print(f"report.html is not drawn: {error.name} is not installed; pip install 'apfl_jax[report]'", file=sys.stderr)
+  return _announced(summary, workdir)
+
+
+def _departed(config: Config) -> np.ndarray:
+  """bool [N]: who never takes part or leaves for good, known from the seed before anything is partitioned."""
+  names, rates = config.processes
+
+  @jax.jit
+  def schedule(seed, rates, rounds):
+    process = population.make(names, config.num_clients, rates)
+    return population.departed(process, seed, rounds, config.num_clients)
+
+  return np.asarray(schedule(jnp.uint32(config.seed), jnp.asarray(rates, jnp.float32), jnp.int32(config.rounds)))
+
+
+def _partition(
+    config: Config, labels: np.ndarray, num_classes: int, gone: np.ndarray, rng: np.random.Generator
+) -> tuple[data.Partition, np.ndarray]:
+  """The partition, and the monopolistic classes."""
+  classes = data.choose_monopolistic(rng, num_classes, config.monopolistic_classes)
+  allowed = data.monopolistic(num_classes, gone, classes) if len(classes) else None
+  split = {
+      "iid": data.partition.iid,
+      "dirichlet": partial(data.partition.dirichlet, alpha=config.alpha),
+      "pathological": partial(data.partition.pathological, classes_per_client=config.classes_per_client),
+  }[config.partition]
+  partition = split(
+      labels,
+      config.num_clients,
+      rng=rng,
+      allowed=allowed,
+      min_size=config.min_examples,
+      examples_per_client=config.examples_per_client,
+  )
+  return partition, classes
+
+
+# --- the run directory ------------------------------------------------------------------------------------------------
+
+
+def _claim(workdir: Path, config: Config, *, write: bool) -> dict[str, Any] | None:
+  """Makes sure that the directory is free or holds this very run; its summary if that is finished."""
+  if workdir.exists() and not workdir.is_dir():
+    raise InputError(f"workdir: {workdir} is a file, accepted is a folder or a new name")
+  kept = workdir / "flags.txt"
+  if kept.is_file():
+    here = {line for line in kept.read_text().splitlines() if line}
+    differing = sorted(line for line in config.identity() if line not in here)
+    if differing:
+      raise InputError(f"workdir: {workdir} holds another run ({differing[0]} differs), accepted is another folder")
+    if (workdir / "summary.json").is_file():
+      return json.loads((workdir / "summary.json").read_text())
+  elif workdir.is_dir() and any(workdir.iterdir()):
+    raise InputError(f"workdir: {workdir} is not empty and holds no run, accepted is an empty folder or a new name")
+  if write:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise InputError(f"workdir: {workdir} cannot be made ({error.strerror}), accepted is a writable place") from error
+    _write_text(kept, "\n".join(config.lines()) + "\n")
+  return None
+
+
+def _announced(summary: dict[str, Any], workdir: Path) -> dict[str, Any]:
+  """The summary with where things are; the paths are not stored, so that a run directory can be moved."""
+  page = workdir / "report.html"
+  return {**summary, "workdir": str(workdir), "report": str(page) if page.is_file() else None}
+
+
+def _write_record(workdir: Path, record: simulation.Record) -> None:
+  """metrics.jsonl and timings.jsonl, whole: after a resume they hold what the checkpoint holds, and no more."""
+  for name, rows in (("metrics.jsonl", record.metrics), ("timings.jsonl", record.timings)):
+    _write_text(workdir / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: np.ndarray) -> None:
+  """clients.csv: a line for each client that was scored."""
+  federation, times = job.inputs.federation, np.asarray(result.state.times)
+  columns: dict[str, Iterable[Any]] = {
+      "client": np.asarray(federation.id)[result.rows],
+      "dropped": result.dropped.astype(int),
+      "rounds_present": times[result.rows],
+      "train_size": np.asarray(federation.train.size)[result.rows],
+      "validation_size": np.asarray(federation.validation.size)[result.rows],
+      "test_size": np.asarray(federation.test.size)[result.rows],
+      "classes": [" ".join(map(str, np.flatnonzero(row))) for row in histogram[result.rows]],
+      "personal_accuracy": _cells(metrics.accuracy(result.personal_scores.own)),
+      "global_accuracy": _cells(
+          metrics.accuracy(result.global_scores.own) if result.global_scores else np.full(len(result.rows), np.nan)
+      ),
+      "pooled_accuracy": _cells(metrics.accuracy(result.personal_scores.pooled)),
+  }
+  with _replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _cells(values: np.ndarray) -> list[str]:
+  return ["" if np.isnan(value) else repr(float(value)) for value in values]
+
+
+def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
+  """What the report draws and no other file holds."""
+  histogram = data.histogram(jax.tree.map(np.asarray, job.inputs.federation), len(job.dataset.class_names))
+  took_part = np.asarray(result.state.times) > 0
+  arrays = {
+      "histogram": histogram,
+      "presence": np.array([list(map(int, line)) for line in result.record.presence], np.uint8),
+      "presence_clients": result.presence_ids,
+      "seen": (histogram[took_part] > 0).any(axis=0),
+      "real": _real_samples(job.dataset),
+  }
+  if result.pooled_confusion is not None:
+    arrays["pooled_confusion"] = result.pooled_confusion(np.ones(len(job.dataset.class_names), bool))
+  sample = algorithms.METHODS[job.config.algorithm].samples
+  if sample is not None:
+
+    @jax.jit
+    def draw(settings, server, seed):
+      return sample(job.task(settings), server, random.key(seed, random.Purpose.REPORT), _SAMPLES)
+
+    images = np.asarray(draw(job.inputs.settings, result.state.server, job.inputs.seed))
+    arrays["samples"] = np.round(images * 255).astype(np.uint8)
+  else:
+    del arrays["real"]
+  return arrays
+
+
+def _real_samples(dataset: data.Dataset) -> np.ndarray:
+  """uint8 [C, n, ...]: the first training images of each class, fewer than `_SAMPLES` repeated."""
+  rows = [np.resize(np.flatnonzero(dataset.labels == c), _SAMPLES) for c in range(len(dataset.class_names))]
+  return dataset.images[np.stack(rows)]
+
+
+def _summary(
+    job: Job, result: simulation.Result, arrays: dict[str, np.ndarray], *, seconds: float, compiling: dict[str, Any]
+) -> dict[str, Any]:
+  """summary.json."""
+  config = job.config
+  everything = np.ones(len(job.dataset.class_names), bool)
+  monopolist = (arrays["histogram"][:, job.monopolistic] > 0).any(axis=1)[result.rows]
+  sizes = np.asarray(job.inputs.federation.test.size)[result.rows]
+  mean = lambda values: float(values.mean()) if values.size else None
+
+  def summarised(scores: simulation.Scores | None) -> dict[str, float | None] | None:
+    if scores is None:
+      return None
+    return metrics.summarise(metrics.accuracy(scores.own), sizes, result.dropped, monopolist)
+
+  pooled = metrics.accuracy(result.personal_scores.pooled)
+  lost = np.flatnonzero(~arrays["seen"])
+  unseen = None
+  global_pooled = None
+  if result.pooled_confusion is not None:
+    confusion = result.pooled_confusion(everything)
+    global_pooled = float(metrics.accuracy(confusion))
+    unseen = metrics.unseen(confusion, result.pooled_confusion(~arrays["seen"]) if len(lost) else confusion, lost)
+  return {
+      "algorithm": config.algorithm,
+      "dataset": config.dataset,
+      "num_clients": config.num_clients,
+      "rounds": config.rounds,
+      "seed": config.seed,
+      "personal_accuracy": summarised(result.personal_scores),
+      "global_accuracy": summarised(result.global_scores),
+      "pooled_accuracy": {
+          "global_model": global_pooled,
+          "personal_mean": mean(pooled),
+          "personal_dropped": mean(pooled[result.dropped]),
+      },
+      "unseen": unseen,
+      "cost": simulation.cost(job.build, job.inputs, result)._asdict(),
+      "partition": config.partition,
+      "alpha": config.alpha if config.partition == "dirichlet" else None,
+      "dropout": config.dropout,
+      "drop_rate": config.drop_rate,
+      "class_names": list(job.dataset.class_names),
+      "monopolistic_classes": job.monopolistic.tolist(),
+      "seconds": round(seconds, 3),
+      "compile_seconds": compiling["compile_seconds"],
+      "peak_memory_bytes": simulation.peak_memory_bytes(),
+      "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
+      "versions": _versions(),
+      "commit": _commit(),
+      "finished": True,
+  }
+
+
+def _versions() -> dict[str, str]:
+  found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}
+  return {"apfl_jax": apfl_jax.__version__, "python": platform.python_version(), **found}
+
+
+def _commit() -> str | None:
+  """The commit of the checkout that runs, with a + if it was changed; None outside one."""
+  here = Path(__file__).parent
+  git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
+  try:
+    return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+  """A temporary path that takes the place of `path` once it is written."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  yield temporary
+  os.replace(temporary, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+  with _replacing(path) as temporary:
+    temporary.write_text(text)
+
+
+def _write_json(path: Path, value: Any) -> None:
+  _write_text(path, json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,28 @@
+"""Trains one method on one federation and leaves a run directory: `python -m experiments.train --workdir=DIR`.
+
+With no other flag it is the main job: AP-FL on digits, 60 % of the clients never there, two classes held by them alone.
+`--helpfull` lists every setting, `--algorithm=help` the methods; `--flagfile=DIR/flags.txt` repeats a run.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from apfl_jax import report
+from experiments import config, job
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Runs the job that the flags describe and prints the table that ends it."""
+  del arguments
+  if flags.FLAGS.algorithm == "help":
+    print(config.table_of_methods())
+    return
+  summary = job.run(config.from_flags())
+  print("\n" + report.table(summary))
+  print(f"\nrun directory: {summary['workdir']}" + (f", look at {summary['report']}" if summary["report"] else ""))
+
+
+if __name__ == "__main__":
+  config.define_flags()
+  config.main(main)

@@ -1,0 +1,24 @@
+"""What every test shares. JAX reads its settings from the environment, which programs under test inherit."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Runs before any test module imports JAX."""
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+  os.environ.setdefault("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture(scope="session")
+def tfds_dir() -> Path:
+  """The folder of prepared data sets, `data_dir` of tensorflow-datasets."""
+  folder = Path(os.environ.get("APFL_JAX_TFDS", ROOT.parent / "shared" / "tfds"))
+  if not folder.is_dir():
+    pytest.skip(f"needs prepared data sets: no folder {folder}; name another with APFL_JAX_TFDS")
+  return folder

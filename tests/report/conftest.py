@@ -1,0 +1,156 @@
+"""Run directories as experiments/train.py leaves them, made up."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "<b>eight</b>", "$nine$"]
+GROUPS = ("", "_dropped", "_present")
+
+
+def bars(mean, dropped, present):
+  return {
+    "mean": mean,
+    "weighted_mean": mean,
+    "std": 0.08,
+    "worst_decile": mean - 0.2,
+    "dropped": dropped,
+    "present": present,
+    "monopolists": dropped,
+  }
+
+
+def images(rng, classes, count, noise):
+  """Blobs whose place tells the class."""
+  y, x = np.mgrid[:8, :8]
+  angle = 2 * np.pi * np.arange(classes)[:, None, None] / classes
+  clean = np.exp(-((x - 3.5 - 2 * np.cos(angle)) ** 2 + (y - 3.5 - 2 * np.sin(angle)) ** 2) / 3)
+  noisy = clean[:, None] + noise * rng.random((classes, count, 8, 8))
+  return (255 * np.clip(noisy, 0, 1)).astype(np.uint8)[..., None]
+
+
+def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generator=True, evaluated=True):
+  """Writes a run directory; `evaluated=False` leaves null for every accuracy, as a run without evaluation does."""
+  path.mkdir(parents=True)
+  rng = np.random.default_rng(0)
+  classes = len(names)
+  dropped = rng.permutation(clients) < 0.6 * clients
+  histogram = rng.multinomial(200, rng.dirichlet(np.full(classes, 0.15), clients)).astype(np.int32)
+  monopolistic = [classes - 2, classes - 1]
+  histogram[np.ix_(~dropped, monopolistic)] = 0
+  histogram[np.flatnonzero(dropped)[:3, None], monopolistic] += 40
+
+  def number(value):
+    return float(np.clip(value, 0, 1)) if evaluated else None
+
+  personal = np.clip(rng.normal(0.92, 0.06, clients), 0, 1)
+  shared = np.clip(rng.normal(np.where(dropped, 0.35, 0.8), 0.15), 0, 1)
+  (path / "flags.txt").write_text(f"--algorithm={algorithm}\n--alpha=0.15\n--seed=0\n--workdir={path}\n")
+  with (path / "metrics.jsonl").open("w") as file:
+    for step in range(2, rounds + 1, 2):
+      gain = 1 - np.exp(-step / 10)
+      line = {"round": step, "present": 8, "arrived": 7, "pooled_accuracy": number(0.6 * gain)}
+      line["personal_pooled_accuracy"] = number(0.57 * gain) if step % 10 == 0 else None
+      for group, fall, own in zip(GROUPS, (0.1, 0.25, 0), (0.92, 0.93, 0.9), strict=True):
+        line[f"global_accuracy{group}"] = number((0.8 - 2 * fall) * gain)
+        line[f"personal_accuracy{group}"] = number(own - 0.2 * (1 - gain)) if step % 10 == 0 else None
+      file.write(json.dumps(line) + "\n")
+  with (path / "timings.jsonl").open("w") as file:
+    for step in range(10, rounds + 1, 10):
+      compiling = 5.0 if step == 10 else 0.0
+      line = {"round": step, "seconds": 4.0 + compiling, "compile_seconds": compiling, "peak_memory_bytes": None}
+      file.write(json.dumps(line) + "\n")
+    evaluation = {"round": rounds, "seconds": 90.0, "compile_seconds": 2.0, "peak_memory_bytes": None}
+    file.write(json.dumps(evaluation) + "\n")
+  with (path / "clients.csv").open("w", newline="") as file:
+    writer = csv.writer(file)
+    header = "client,dropped,rounds_present,train_size,classes,personal_accuracy,global_accuracy,pooled_accuracy"
+    writer.writerow(header.split(","))
+    for i in range(clients):
+      held = " ".join(map(str, np.flatnonzero(histogram[i])))
+      scores = (personal[i], shared[i], 0.5) if evaluated else ("", "", "")
+      writer.writerow([i, int(dropped[i]), 0 if dropped[i] else rounds, histogram[i].sum(), held, *scores])
+  summary = {
+    "algorithm": algorithm,
+    "dataset": "digits & <i>more</i>",
+    "num_clients": clients,
+    "rounds": rounds,
+    "seed": 0,
+    "class_names": list(names),
+    "partition": "dirichlet",
+    "dropout": "cold",
+    "drop_rate": 0.6,
+    "finished": True,
+    "monopolistic_classes": monopolistic,
+    "personal_accuracy": bars(0.92, 0.93, 0.9) if evaluated else None,
+    "global_accuracy": bars(0.58, 0.352, 0.83) if evaluated else None,
+    "pooled_accuracy": {
+      "global_model": number(0.6),
+      "personal_mean": number(0.571),
+      "personal_dropped": number(0.55),
+    },
+    "unseen": {
+      "classes": monopolistic if evaluated else [],
+      "accuracy": number(0.123),
+      "seen_accuracy": number(0.81),
+      "harmonic_mean": number(0.214),
+      "restricted_accuracy": number(0.654),
+    },
+    "cost": {
+      "local_flops": 3.2e12,
+      "generator_flops": 1.5e13 if generator else None,
+      "personalize_flops": 2e11,
+      "bytes_up": 41_000_000,
+      "bytes_down": 66_000_000,
+    },
+    "seconds": 192.4,
+    "compile_seconds": 7.25,
+    "peak_memory_bytes": 812_000_000,
+    "device": "cpu",
+    "versions": {"python": "3.11.2", "jax": "0.10.2"},
+    "commit": "0123abc",
+  }
+  (path / "summary.json").write_text(json.dumps(summary))
+  followed = np.sort(rng.permutation(clients)[:200])
+  took_part = (rng.random((rounds, followed.size)) < 0.8) & ~dropped[followed]
+  confusion = (0.12 * 60 * rng.dirichlet(np.full(classes, 0.4), classes)).astype(np.int64)
+  confusion[np.arange(classes), np.arange(classes)] += np.where(np.isin(np.arange(classes), monopolistic), 2, 50)
+  arrays = {
+    "histogram": histogram,
+    "presence": (took_part * np.where(rng.random(took_part.shape) < 0.1, 1, 2)).astype(np.uint8),
+    "presence_clients": followed.astype(np.int32),
+    "seen": ~np.isin(np.arange(classes), monopolistic),
+  }
+  if evaluated:
+    arrays["pooled_confusion"] = confusion
+  if generator:
+    arrays["samples"] = images(rng, classes, 8, 0.5)
+    arrays["real"] = images(rng, classes, 8, 0.15)
+  np.savez(path / "arrays.npz", **arrays)
+  return path
+
+
+@pytest.fixture
+def make_run(tmp_path):
+  """Writes a run directory with the settings of `write`."""
+  return lambda name, **settings: write(tmp_path / name, **settings)
+
+
+@pytest.fixture
+def ap_fl(tmp_path):
+  """20 clients, 10 classes, two of them monopolistic, a generator."""
+  return write(tmp_path / "ap_fl")
+
+
+@pytest.fixture
+def fedavg(tmp_path):
+  """No generator, so no samples."""
+  return write(tmp_path / "fedavg", algorithm="fedavg", generator=False)
+
+
+@pytest.fixture
+def unevaluated(tmp_path):
+  """Every accuracy null or empty."""
+  return write(tmp_path / "unevaluated", algorithm="local", generator=False, evaluated=False)

@@ -1,0 +1,183 @@
+"""The page of a run, and the binary that draws it again."""
+
+import base64
+import html.parser
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from apfl_jax import report
+from apfl_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Page(html.parser.HTMLParser):
+  """Collects what a page is made of."""
+
+  def __init__(self, path):
+    super().__init__()
+    self.tags, self.images, self.links, self.words, self.open = [], {}, [], [], []
+    self.feed(path.read_text())
+    assert not self.open, "unclosed tags"
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    self.tags.append(tag)
+    if tag == "img":
+      self.images[attrs["alt"]] = attrs["src"]
+    elif tag == "a":
+      self.links.append(attrs["href"])
+    if tag not in ("meta", "img"):
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.words.append(data)
+
+  @property
+  def text(self):
+    return " ".join(" ".join(self.words).split())
+
+
+def change(path, **values):
+  file = path / "summary.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_page_holds_the_pictures_beside_it(ap_fl):
+  path = report.write(ap_fl)
+  assert path == ap_fl / "report.html"
+  page = Page(path)
+  inside = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.images.values()}
+  assert inside == {file.read_bytes() for file in ap_fl.glob("*.png")}
+  assert {file.name for file in ap_fl.glob("*.png")} == {
+    f"{name}.png" for name in ("curves", "clients", "partition", "presence", "samples", "confusion")
+  }
+
+
+def test_page_needs_nothing_else(ap_fl):
+  page = Page(report.write(str(ap_fl)))
+  assert not {"script", "link", "iframe", "object"} & set(page.tags)
+  assert page.links == ["https://arxiv.org/abs/2503.00407"]
+  assert "url(" not in (ap_fl / "report.html").read_text() and "@import" not in (ap_fl / "report.html").read_text()
+
+
+def test_page_says_what_the_run_says(ap_fl):
+  text = Page(report.write(ap_fl)).text
+  for words in (
+    "ap_fl on digits & <i>more</i>",
+    "20 clients, 12 of them dropped",
+    "dirichlet, alpha 0.15",
+    "personal models (ap_fl) 92.0 93.0 90.0 93.0 72.0 57.1 55.0",
+    "<b>eight</b>, $nine$",
+    "where guessing gives 50.0",
+    "3 min 12 s",
+    "400 ms",
+    "3.2 TFLOP",
+    "812 MB",
+    "jax 0.10.2",
+    f"python -m experiments.train --flagfile={ap_fl}/flags.txt",
+    "--alpha=0.15",
+    "Deng et al.",
+  ):
+    assert words in text
+  assert "did not finish" not in text
+
+
+def test_names_are_escaped(ap_fl):
+  change(ap_fl, device="<script>alert(1)</script>", algorithm="<img src=x>", versions={"<b>": "&"})
+  (ap_fl / "flags.txt").write_text("--note=</pre><script>\n")
+  page = Page(report.write(ap_fl))
+  assert not {"script", "b", "i"} & set(page.tags)
+  assert page.tags.count("img") == len(page.images) == 6
+  assert "<script>alert(1)</script>" in page.text and "--note=</pre><script>" in page.text
+
+
+def test_only_ap_fl_is_told_from_apfl(fedavg):
+  page = Page(report.write(fedavg))
+  assert "Deng" not in page.text and page.links == []
+  assert "What the generator draws" not in page.text and not (fedavg / "samples.png").exists()
+
+
+def test_a_run_with_nothing_evaluated_has_a_page(unevaluated):
+  text = Page(report.write(unevaluated)).text
+  assert "personal models (local) – – – – – – –" in text
+  assert "Classes that nobody taught" not in text and "None" not in text and "nan" not in text.split()
+
+
+def test_summary_alone_makes_a_page(ap_fl):
+  for file in ap_fl.iterdir():
+    if file.name != "summary.json":
+      file.unlink()
+  assert "personal models (ap_fl) 92.0" in Page(report.write(ap_fl)).text
+
+
+def test_unfinished_runs_say_so(ap_fl):
+  change(ap_fl, finished=False)
+  assert "did not finish" in Page(report.write(ap_fl)).text
+
+
+def test_written_again_nothing_stale_or_temporary_stays(ap_fl):
+  report.write(ap_fl)
+  (ap_fl / "arrays.npz").unlink()
+  before = {file.name for file in ap_fl.iterdir()}
+  report.write(ap_fl)
+  gone = before - {file.name for file in ap_fl.iterdir()}
+  assert gone == {"partition.png", "presence.png", "samples.png", "confusion.png"}
+  assert not list(ap_fl.glob(".*")) and not list(ap_fl.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+  ("file", "content", "words"),
+  [
+    ("summary.json", "{", "summary.json, line 1: not JSON"),
+    ("summary.json", "[]", "a JSON object is wanted"),
+    ("summary.json", '{"algorithm": "x"}', "no dataset, num_clients, rounds, seed"),
+    ("metrics.jsonl", '{"round": 1}\n\noops\n', "metrics.jsonl, line 3: not JSON"),
+    ("clients.csv", "client,dropped\n1,0\n", "no column 'classes'; there are client, dropped"),
+    ("clients.csv", "client,dropped,classes,personal_accuracy,global_accuracy\n1,x,2,,\n", "a field cannot be read"),
+    ("arrays.npz", "text", "not an archive of arrays"),
+  ],
+)
+def test_bad_files_are_named_in_one_line(ap_fl, file, content, words):
+  (ap_fl / file).write_text(content)
+  with pytest.raises(InputError) as caught:
+    report.write(ap_fl)
+  assert words in str(caught.value) and file in str(caught.value) and "\n" not in str(caught.value)
+  assert not (ap_fl / "report.html").exists()
+
+
+def test_without_matplotlib_the_extra_is_named(ap_fl, monkeypatch):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  with pytest.raises(InputError, match=r"apfl_jax\[report\]"):
+    report.write(ap_fl)
+
+
+def test_import_does_not_load_matplotlib():
+  code = "import sys, apfl_jax.report; sys.exit('matplotlib' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def binary(*arguments):
+  command = [sys.executable, "-m", "experiments.report", *arguments]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_binary_prints_the_page(unevaluated):
+  result = binary(f"--workdir={unevaluated}")
+  assert result.returncode == 0, result.stderr
+  assert pathlib.Path(result.stdout.strip()) == unevaluated / "report.html"
+  assert (unevaluated / "report.html").exists()
+
+
+def test_binary_ends_with_one_line_where_there_is_no_run(tmp_path):
+  for arguments in ((f"--workdir={tmp_path / 'nowhere'}",), ("surplus",)):
+    result = binary(*arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and "--workdir" in result.stderr

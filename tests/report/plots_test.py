@@ -1,0 +1,147 @@
+"""The figures: what they show is compared with the run's files, read again."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from apfl_jax.report import plots, run
+
+
+def draw(name, path):
+  figure = Figure()
+  assert plots.FIGURES[name](figure, run.read(path))
+  return figure
+
+
+def client_rows(path):
+  with (path / "clients.csv").open() as file:
+    return list(csv.DictReader(file))
+
+
+def hexadecimal(color):
+  return "#" + "".join(f"{round(255 * part):02X}" for part in color[:3])
+
+
+@pytest.mark.parametrize(
+  ("kind", "missing"),
+  [
+    ("ap_fl", set()),
+    ("fedavg", {"samples"}),
+    ("unevaluated", {"curves", "clients", "samples", "confusion"}),
+  ],
+)
+def test_draws_what_the_run_left(kind, missing, request):
+  drawn = plots.draw(run.read(request.getfixturevalue(kind)))
+  assert drawn.keys() == plots.FIGURES.keys() - missing
+  for png in drawn.values():
+    height, width, _ = imread(io.BytesIO(png)).shape
+    assert 300 < width < 1600 and 200 < height < 1600
+
+
+@pytest.mark.parametrize("names", [["a", "b"], [str(i) for i in range(100)]])
+@pytest.mark.parametrize("clients", [1, 2, 1500])
+def test_draws_runs_of_any_size(names, clients, make_run):
+  path = make_run("sized", clients=clients, rounds=2 if clients < 3 else 600, names=names)
+  assert plots.draw(run.read(path)).keys() == plots.FIGURES.keys()
+
+
+def test_a_bar_a_client_dropped_first_best_first(ap_fl):
+  axes = draw("clients", ap_fl).axes[0]
+  bars = [bar for bar in axes.patches if np.isfinite(bar.get_height())]
+  want = sorted(
+    (-int(row["dropped"]), -float(row["personal_accuracy"]), int(row["client"])) for row in client_rows(ap_fl)
+  )
+  np.testing.assert_allclose([bar.get_height() / 100 for bar in bars], [-accuracy for _, accuracy, _ in want])
+  assert [int(label.get_text()) for label in axes.get_xticklabels()] == [client for *_, client in want]
+  colors = [hexadecimal(bar.get_facecolor()) for bar in bars]
+  assert colors == [plots.DROPPED if dropped else plots.PRESENT for dropped, *_ in want]
+  holders = {int(row["client"]) for row in client_rows(ap_fl) if {"8", "9"} & set(row["classes"].split())}
+  assert {client for (*_, client), bar in zip(want, bars, strict=True) if bar.get_hatch()} == holders
+  marks = {int(row["client"]): float(row["global_accuracy"]) for row in client_rows(ap_fl)}
+  np.testing.assert_allclose(axes.lines[0].get_ydata() / 100, [marks[client] for *_, client in want])
+
+
+def test_many_clients_are_thinned_but_the_worst_of_each_group_stays(make_run):
+  path = make_run("many", clients=2000)
+  heights = [bar.get_height() / 100 for bar in draw("clients", path).axes[0].patches if np.isfinite(bar.get_height())]
+  assert len(heights) <= 102
+  rows = client_rows(path)
+  for dropped in "01":
+    values = [float(row["personal_accuracy"]) for row in rows if row["dropped"] == dropped]
+    for extreme in (min(values), max(values)):
+      assert np.isclose(heights, extreme).any()
+
+
+def test_clients_without_test_examples_have_no_bar(ap_fl):
+  rows = client_rows(ap_fl)
+  rows[4]["personal_accuracy"] = rows[4]["global_accuracy"] = ""
+  with (ap_fl / "clients.csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+  labels = [label.get_text() for label in draw("clients", ap_fl).axes[0].get_xticklabels()]
+  assert len(labels) == 19 and "4" not in labels
+
+
+def test_curves_join_the_rounds_that_were_evaluated(ap_fl):
+  own = draw("curves", ap_fl).axes[0]
+  lines = {line.get_label(): line for line in own.lines}
+  assert lines.keys() == {
+    f"{model}, {who}" for model in ("personal", "global") for who in ("all clients", "dropped", "present")
+  }
+  records = run.read(ap_fl).metrics
+  for label, key in (
+    ("personal, dropped", "personal_accuracy_dropped"),
+    ("global, present", "global_accuracy_present"),
+  ):
+    want = np.array([(record["round"], 100 * record[key]) for record in records if record[key] is not None])
+    np.testing.assert_allclose(lines[label].get_xydata(), want)
+
+
+def test_partition_shows_the_histogram_and_marks_monopolistic_classes(ap_fl):
+  axes = draw("partition", ap_fl).axes[0]
+  histogram = np.load(ap_fl / "arrays.npz")["histogram"]
+  order = [int(label.get_text()) for label in axes.get_xticklabels()]
+  np.testing.assert_array_equal(axes.images[0].get_array().filled(0), histogram[order].T)
+  starred = [label.get_text() for label in axes.get_yticklabels() if "★" in label.get_text()]
+  assert starred == ["★ <b>eight</b>", "★ $nine$"]
+
+
+def test_presence_has_a_row_a_client_and_a_column_a_round(ap_fl):
+  axes = draw("presence", ap_fl).axes[0]
+  arrays = np.load(ap_fl / "arrays.npz")
+  shown = axes.images[0].get_array()
+  colors = {}
+  for row, client in enumerate(int(label.get_text()) for label in axes.get_yticklabels()):
+    for column, kind in enumerate(arrays["presence"][:, list(arrays["presence_clients"]).index(client)]):
+      colors.setdefault(int(kind), set()).add(hexadecimal(shown[row, column]))
+  assert colors[2] == {plots.PRESENT}
+  assert sorted(map(len, colors.values())) == [1, 1, 1] and len(set.union(*colors.values())) == 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_stand_in_their_class_row_beside_real_ones(ap_fl, channels):
+  rng = np.random.default_rng(1)
+  arrays = dict(np.load(ap_fl / "arrays.npz"))
+  arrays["samples"], arrays["real"] = rng.integers(0, 255, (2, 10, 5, 12, 16, channels), dtype=np.uint8)
+  np.savez(ap_fl / "arrays.npz", **arrays)
+  axes = draw("samples", ap_fl).axes
+  for block, name in zip(axes, ("real", "samples"), strict=True):
+    mosaic = block.images[0].get_array()
+    for (c, i), _ in np.ndenumerate(np.zeros((10, 5))):
+      image = mosaic[c * 13 : c * 13 + 12, i * 17 : i * 17 + 16]
+      np.testing.assert_array_equal(image, np.broadcast_to(arrays[name][c, i], image.shape))
+  labels = [label.get_text() for label in axes[0].get_yticklabels()]
+  assert labels[7] == "seven" and labels[9] == "$nine$\nunseen"
+
+
+def test_confusion_rows_are_percent_of_the_true_class(ap_fl):
+  axes = draw("confusion", ap_fl).axes[0]
+  counts = np.load(ap_fl / "arrays.npz")["pooled_confusion"].astype(float)
+  want = np.array([100 * row / row.sum() for row in counts])
+  np.testing.assert_allclose(axes.images[0].get_array().filled(0), want)
+  assert axes.get_ylabel() == "true class" and axes.get_xlabel() == "predicted class"
