@@ -110,18 +110,15 @@ def generator_loss(
   size = rows.label.shape[0]
   noise = jax.random.normal(noise_key, (size, generator.noise_size))
   images = generator.apply(params, noise, rows.embedding)
-  features, taps = task.model.base(teacher.base, images)
-  targets = jax.nn.one_hot(rows.label, task.num_classes)
   most = max_shift(images.shape[1])
   # One offset for the whole batch: a slice, whose gradient is cheap, where an offset a row is a scatter.
-  offset = jax.random.randint(shift_key, (1, 2), -most, most + 1)
-  moved_features, _ = task.model.base(teacher.base, shift(images, jnp.broadcast_to(offset, (size, 2))))
-
-  def labelled_mean(features):
-    each = cross_entropy(task.model.head(teacher.head, features), targets, classes)
-    return jnp.sum(rows.labelled * each) / jnp.sum(rows.labelled)
-
-  loss = labelled_mean(features) + labelled_mean(moved_features)
+  offset = jnp.broadcast_to(jax.random.randint(shift_key, (1, 2), -most, most + 1), (size, 2))
+  features, taps = task.model.base(teacher.base, jnp.concatenate([images, shift(images, offset)]))
+  logits = task.model.head(teacher.head, features)
+  targets = jnp.tile(jax.nn.one_hot(rows.label, task.num_classes), (2, 1))
+  labelled = jnp.tile(rows.labelled, 2)
+  loss = 2.0 * jnp.sum(labelled * cross_entropy(logits, targets, classes)) / jnp.sum(labelled)
+  features, taps = features[:size], jax.tree.map(lambda x: x[:size], taps)
   if statistics:
     loss += weights.statistics * distance(moments(taps, rows.seen), statistics)
 

@@ -13,7 +13,7 @@ import optax
 
 from apfl_jax import nn, training
 from apfl_jax.algorithms.ap_fl import generation
-from apfl_jax.algorithms.ap_fl.interpolation import by_grid, by_size, guard, interpolate
+from apfl_jax.algorithms.ap_fl.interpolation import by_size, choose, interpolate
 from apfl_jax.algorithms.ap_fl.statistics import Moments, moments
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.errors import InputError
@@ -256,29 +256,29 @@ def ap_fl(
     batch_size = task.sgd.batch_size
 
     def friend_loss(params, step):
+      real = real_batch(step)
       rows = (step * batch_size + jnp.arange(batch_size)) % synthetic_examples
       made = jax.tree.map(lambda x: x[rows], synthetic)
-      return (1 - beta) * loss(params, real_batch(step)) + beta * trusted_loss(params, made, classes)
+      both = jax.tree.map(lambda *x: jnp.concatenate(x), real, made)  # one pass through the model
+      each = training.cross_entropy(training.predict(model, params, both.images).logits, both.targets, classes)
+      own, trusted = jnp.split(both.mask * each, 2)
+      return (1 - beta) * jnp.sum(own) / jnp.maximum(jnp.sum(real.mask), 1.0) + beta * jnp.mean(trusted)
 
     steps = jnp.where(data.train.size > 0, friend_steps, 0)
     friend = training.descend(friend_loss, shared.params, steps, task.sgd.learning_rate, cosine=True)
 
     if interpolation == "fixed":
       return interpolate(local, friend, lambda_base, lambda_head)
-    objective = selection(data, classes, jax.tree.map(lambda x: x[synthetic_examples:], synthetic))
-    pair = by_size(data.train.size)
-    if interpolation == "grid":
-      many = data.validation.size >= _MANY_VALIDATION
-      found = by_grid(objective, local, friend, grid_points)
-      pair = jax.tree.map(lambda grid, size: jnp.where(many, grid, size), found, pair)
-    chosen = interpolate(local, friend, *pair)
-    guarded = guard(objective, (chosen, local, friend, shared.params))
-    return jax.tree.map(lambda g, c: jnp.where(data.validation.size > 0, g, c), guarded, chosen)
-
-  def trusted_loss(params, batch, classes):
-    """Mean over rows of trust * cross-entropy; `batch.mask` is the trust."""
-    logits = training.predict(model, params, batch.images).logits
-    return jnp.mean(batch.mask * training.cross_entropy(logits, batch.targets, classes))
+    return choose(
+        selection(data, classes, jax.tree.map(lambda x: x[synthetic_examples:], synthetic)),
+        local,
+        friend,
+        shared.params,
+        points=grid_points,
+        on_grid=(interpolation == "grid") & (data.validation.size >= _MANY_VALIDATION),
+        pair=by_size(data.train.size),
+        guarded=data.validation.size > 0,
+    )
 
   def selection(data, classes, synthetic):
     """J(base, heads) = CE on real validation examples + rho * trusted CE on held-out synthetic ones, [P]."""
