@@ -76,7 +76,9 @@ class Config:
         raise InputError(f"{self.algorithm}_{name}: no such setting, accepted are {', '.join(known) or 'none'}")
     processes, rates = self.processes
     if len(rates) != len(processes):
-      raise InputError(f"drop_rate: got {len(rates)} rates for {len(processes)} processes, accepted are 1 or a rate each")
+      raise InputError(
+        f"drop_rate: got {len(rates)} rates for {len(processes)} processes, accepted are 1 or a rate each"
+      )
     if self.cohort_size > self.num_clients:
       raise InputError(f"cohort_size: got {self.cohort_size}, accepted is 0 (all) to num_clients={self.num_clients}")
 
@@ -128,7 +130,12 @@ def check(name: str, value: Any, limits: Any) -> None:
     raise InputError(f"{name}: got {value}, accepted is a finite number above {limits['above']}")
 
 
-_DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+_DEFINE: dict[type, Any] = {
+  str: flags.DEFINE_string,
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  bool: flags.DEFINE_bool,
+}
 
 
 def define_flags() -> None:
@@ -161,7 +168,7 @@ def _argument_texts(function: Any) -> dict[str, str]:
 
 def from_flags() -> Config:
   """The Config that the parsed flags say."""
-  values = {field.name: flags.FLAGS[field.name].value for field in fields()}
+  values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in fields()}
   method = values["algorithm"]
   if method in algorithms.METHODS:
     values["settings"] = {name: flags.FLAGS[f"{method}_{name}"].value for name in algorithms.settings(method)}

@@ -33,7 +33,6 @@ class Job(NamedTuple):
   Attributes:
     config: the settings.
     dataset: what is learnt.
-    monopolistic: int [m], the classes that only departing clients hold.
     inputs: what is traced.
     build: settings -> (algorithm, process).
     task: settings -> Task.
@@ -42,7 +41,6 @@ class Job(NamedTuple):
 
   config: Config
   dataset: data.Dataset
-  monopolistic: np.ndarray
   inputs: simulation.Inputs
   build: Callable[[PyTree], tuple[Algorithm, Process]]
   task: Callable[[PyTree], Task]
@@ -60,20 +58,20 @@ def prepare(config: Config) -> Job:
   gone = _departed(config)
   if gone.all():
     raise InputError(
-        f"drop_rate: got {config.drop_rate} with --dropout={config.dropout}, which leaves none of the"
-        f" {config.num_clients} clients; accepted is a rate at which one stays"
+      f"drop_rate: got {config.drop_rate} with --dropout={config.dropout}, which leaves none of the"
+      f" {config.num_clients} clients; accepted is a rate at which one stays"
     )
   if config.monopolistic_classes and not gone.any():
     raise InputError(
-        f"monopolistic_classes: got {config.monopolistic_classes}, but --dropout={config.dropout}"
-        f" --drop_rate={config.drop_rate} makes no client leave to hold them; accepted is 0"
+      f"monopolistic_classes: got {config.monopolistic_classes}, but --dropout={config.dropout}"
+      f" --drop_rate={config.drop_rate} makes no client leave to hold them; accepted is 0"
     )
-  partition, monopolistic = _partition(config, dataset.labels, num_classes, gone, host(random.Purpose.PARTITION))
+  partition = _partition(config, dataset.labels, num_classes, gone, host(random.Purpose.PARTITION))
   federation, pooled = data.build(
-      dataset, partition, rng=host(random.Purpose.SPLIT), pooled_examples=config.pooled_examples
+    dataset, partition, rng=host(random.Purpose.SPLIT), pooled_examples=config.pooled_examples
   )
   table = semantics.embeddings(
-      config.embeddings, dataset.class_names, dataset.name, rng=host(random.Purpose.EMBEDDINGS)
+    config.embeddings, dataset.class_names, dataset.name, rng=host(random.Purpose.EMBEDDINGS)
   )
 
   entry = algorithms.METHODS[config.algorithm]
@@ -85,21 +83,21 @@ def prepare(config: Config) -> Job:
 
   def task(settings: PyTree) -> Task:
     model = nn.classifier(
-        config.model,
-        image_shape,
-        num_classes,
-        head=head,
-        embeddings=settings["embeddings"],
-        dtype=jnp.dtype(config.compute_dtype),
+      config.model,
+      image_shape,
+      num_classes,
+      head=head,
+      embeddings=settings["embeddings"],
+      dtype=jnp.dtype(config.compute_dtype),
     )
     sgd = LocalSGD(
-        learning_rate=settings["learning_rate"],
-        batch_size=config.batch_size,
-        epochs=config.local_epochs,
-        steps=config.local_steps,
-        personal_steps=config.personal_steps,
-        weighting=config.weighting,
-        augment=config.augment,
+      learning_rate=settings["learning_rate"],
+      batch_size=config.batch_size,
+      epochs=config.local_epochs,
+      steps=config.local_steps,
+      personal_steps=config.personal_steps,
+      weighting=config.weighting,
+      augment=config.augment,
     )
     return Task(config.num_clients, num_classes, image_shape, settings["embeddings"], model, sgd)
 
@@ -108,28 +106,28 @@ def prepare(config: Config) -> Job:
     return algorithm, population.make(names, config.num_clients, settings["drop_rates"])
 
   inputs = simulation.Inputs(
-      seed=jnp.uint32(config.seed),
-      federation=jax.tree.map(jnp.asarray, federation),
-      pooled=jax.tree.map(jnp.asarray, pooled),
-      settings={
-          "learning_rate": jnp.float32(config.learning_rate),
-          "drop_rates": jnp.asarray(rates, jnp.float32),
-          "embeddings": jnp.asarray(table),
-          "method": traced,
-      },
+    seed=jnp.uint32(config.seed),
+    federation=jax.tree.map(jnp.asarray, federation),
+    pooled=jax.tree.map(jnp.asarray, pooled),
+    settings={
+      "learning_rate": jnp.float32(config.learning_rate),
+      "drop_rates": jnp.asarray(rates, jnp.float32),
+      "embeddings": jnp.asarray(table),
+      "method": traced,
+    },
   )
   simulator = simulation.simulator(
-      build,
-      inputs,
-      num_classes,
-      population_size=config.num_clients,
-      cohort_size=config.cohort_size or config.num_clients,
-      chunk=min(10, config.rounds),
-      versions=config.versions,
-      how=config.client_map,
-      mesh=simulation.default_mesh(),
+    build,
+    inputs,
+    num_classes,
+    population_size=config.num_clients,
+    cohort_size=config.cohort_size or config.num_clients,
+    chunk=min(10, config.rounds),
+    versions=config.versions,
+    how=config.client_map,
+    mesh=simulation.default_mesh(),
   )
-  return Job(config, dataset, monopolistic, inputs, build, task, simulator)
+  return Job(config, dataset, inputs, build, task, simulator)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -148,21 +146,21 @@ def run(config: Config) -> dict[str, Any]:
     job = prepare(config)
     _claim(workdir, config, write=True)
     result = simulation.run(
-        job.simulator,
-        job.inputs,
-        rounds=config.rounds,
-        eval_every=config.eval_every,
-        personalize_every=config.personalize_every,
-        eval_clients=config.eval_clients,
-        checkpoint_every=config.checkpoint_every,
-        directory=workdir / "checkpoints",
-        on_record=partial(_write_record, workdir),
-        progress=config.progress,
+      job.simulator,
+      job.inputs,
+      rounds=config.rounds,
+      eval_every=config.eval_every,
+      personalize_every=config.personalize_every,
+      eval_clients=config.eval_clients,
+      checkpoint_every=config.checkpoint_every,
+      directory=workdir / "checkpoints",
+      on_record=partial(_write_record, workdir),
+      progress=config.progress,
     )
   arrays = _arrays(job, result)
   _write_clients(workdir / "clients.csv", job, result, arrays["histogram"])
   with _replacing(workdir / "arrays.npz") as path, open(path, "wb") as file:
-    np.savez_compressed(file, **arrays)
+    np.savez_compressed(file, allow_pickle=False, **arrays)
   summary = _summary(job, result, arrays, seconds=time.perf_counter() - started, compiling=watch.read())
   _write_json(workdir / "summary.json", summary)
   try:
@@ -185,25 +183,24 @@ def _departed(config: Config) -> np.ndarray:
 
 
 def _partition(
-    config: Config, labels: np.ndarray, num_classes: int, gone: np.ndarray, rng: np.random.Generator
-) -> tuple[data.Partition, np.ndarray]:
-  """The partition, and the monopolistic classes."""
+  config: Config, labels: np.ndarray, num_classes: int, gone: np.ndarray, rng: np.random.Generator
+) -> data.Partition:
+  """Who holds what; some classes, if asked for, only among the clients that leave."""
   classes = data.choose_monopolistic(rng, num_classes, config.monopolistic_classes)
   allowed = data.monopolistic(num_classes, gone, classes) if len(classes) else None
-  split = {
-      "iid": data.partition.iid,
-      "dirichlet": partial(data.partition.dirichlet, alpha=config.alpha),
-      "pathological": partial(data.partition.pathological, classes_per_client=config.classes_per_client),
-  }[config.partition]
-  partition = split(
-      labels,
-      config.num_clients,
-      rng=rng,
-      allowed=allowed,
-      min_size=config.min_examples,
-      examples_per_client=config.examples_per_client,
+  splits: dict[str, Callable[..., data.Partition]] = {
+    "iid": data.partition.iid,
+    "dirichlet": partial(data.partition.dirichlet, alpha=config.alpha),
+    "pathological": partial(data.partition.pathological, classes_per_client=config.classes_per_client),
+  }
+  return splits[config.partition](
+    labels,
+    config.num_clients,
+    rng=rng,
+    allowed=allowed,
+    min_size=config.min_examples,
+    examples_per_client=config.examples_per_client,
   )
-  return partition, classes
 
 
 # --- the run directory ------------------------------------------------------------------------------------------------
@@ -248,18 +245,18 @@ def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: n
   """clients.csv: a line for each client that was scored."""
   federation, times = job.inputs.federation, np.asarray(result.state.times)
   columns: dict[str, Iterable[Any]] = {
-      "client": np.asarray(federation.id)[result.rows],
-      "dropped": result.dropped.astype(int),
-      "rounds_present": times[result.rows],
-      "train_size": np.asarray(federation.train.size)[result.rows],
-      "validation_size": np.asarray(federation.validation.size)[result.rows],
-      "test_size": np.asarray(federation.test.size)[result.rows],
-      "classes": [" ".join(map(str, np.flatnonzero(row))) for row in histogram[result.rows]],
-      "personal_accuracy": _cells(metrics.accuracy(result.personal_scores.own)),
-      "global_accuracy": _cells(
-          metrics.accuracy(result.global_scores.own) if result.global_scores else np.full(len(result.rows), np.nan)
-      ),
-      "pooled_accuracy": _cells(metrics.accuracy(result.personal_scores.pooled)),
+    "client": np.asarray(federation.id)[result.rows],
+    "dropped": result.dropped[result.rows].astype(int),
+    "rounds_present": times[result.rows],
+    "train_size": np.asarray(federation.train.size)[result.rows],
+    "validation_size": np.asarray(federation.validation.size)[result.rows],
+    "test_size": np.asarray(federation.test.size)[result.rows],
+    "classes": [" ".join(map(str, np.flatnonzero(row))) for row in histogram[result.rows]],
+    "personal_accuracy": _cells(metrics.accuracy(result.personal_scores.own)),
+    "global_accuracy": _cells(
+      metrics.accuracy(result.global_scores.own) if result.global_scores else np.full(len(result.rows), np.nan)
+    ),
+    "pooled_accuracy": _cells(metrics.accuracy(result.personal_scores.pooled)),
   }
   with _replacing(path) as temporary, open(temporary, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
@@ -275,12 +272,12 @@ def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
   """What the report draws and no other file holds."""
   histogram = data.histogram(jax.tree.map(np.asarray, job.inputs.federation), len(job.dataset.class_names))
   took_part = np.asarray(result.state.times) > 0
-  arrays = {
-      "histogram": histogram,
-      "presence": np.array([list(map(int, line)) for line in result.record.presence], np.uint8),
-      "presence_clients": result.presence_ids,
-      "seen": (histogram[took_part] > 0).any(axis=0),
-      "real": _real_samples(job.dataset),
+  arrays: dict[str, np.ndarray] = {
+    "histogram": histogram,
+    "presence": np.array([list(map(int, line)) for line in result.record.presence], np.uint8),
+    "presence_clients": result.presence_ids,
+    "seen": np.any(histogram[took_part] > 0, axis=0),
+    "real": _real_samples(job.dataset),
   }
   if result.pooled_confusion is not None:
     arrays["pooled_confusion"] = result.pooled_confusion(np.ones(len(job.dataset.class_names), bool))
@@ -305,56 +302,61 @@ def _real_samples(dataset: data.Dataset) -> np.ndarray:
 
 
 def _summary(
-    job: Job, result: simulation.Result, arrays: dict[str, np.ndarray], *, seconds: float, compiling: dict[str, Any]
+  job: Job, result: simulation.Result, arrays: dict[str, np.ndarray], *, seconds: float, compiling: dict[str, Any]
 ) -> dict[str, Any]:
   """summary.json."""
   config = job.config
   everything = np.ones(len(job.dataset.class_names), bool)
-  monopolist = (arrays["histogram"][:, job.monopolistic] > 0).any(axis=1)[result.rows]
+  held: np.ndarray = arrays["histogram"] > 0
+  monopolistic = np.flatnonzero(held.any(axis=0) & ~held[~result.dropped].any(axis=0))
+  monopolist = np.any(held[:, monopolistic], axis=1)[result.rows]
+  dropped = result.dropped[result.rows]
   sizes = np.asarray(job.inputs.federation.test.size)[result.rows]
   mean = lambda values: float(values.mean()) if values.size else None
 
   def summarised(scores: simulation.Scores | None) -> dict[str, float | None] | None:
     if scores is None:
       return None
-    return metrics.summarise(metrics.accuracy(scores.own), sizes, result.dropped, monopolist)
+    return metrics.summarise(metrics.accuracy(scores.own), sizes, dropped, monopolist)
 
   pooled = metrics.accuracy(result.personal_scores.pooled)
-  lost = np.flatnonzero(~arrays["seen"])
+  lost: np.ndarray = np.flatnonzero(~arrays["seen"])
   unseen = None
   global_pooled = None
   if result.pooled_confusion is not None:
     confusion = result.pooled_confusion(everything)
     global_pooled = float(metrics.accuracy(confusion))
-    unseen = metrics.unseen(confusion, result.pooled_confusion(~arrays["seen"]) if len(lost) else confusion, lost)
+    unseen = metrics.unseen(
+      confusion, result.pooled_confusion(~arrays["seen"]) if len(lost) else confusion, lost.tolist()
+    )
   return {
-      "algorithm": config.algorithm,
-      "dataset": config.dataset,
-      "num_clients": config.num_clients,
-      "rounds": config.rounds,
-      "seed": config.seed,
-      "personal_accuracy": summarised(result.personal_scores),
-      "global_accuracy": summarised(result.global_scores),
-      "pooled_accuracy": {
-          "global_model": global_pooled,
-          "personal_mean": mean(pooled),
-          "personal_dropped": mean(pooled[result.dropped]),
-      },
-      "unseen": unseen,
-      "cost": simulation.cost(job.build, job.inputs, result)._asdict(),
-      "partition": config.partition,
-      "alpha": config.alpha if config.partition == "dirichlet" else None,
-      "dropout": config.dropout,
-      "drop_rate": config.drop_rate,
-      "class_names": list(job.dataset.class_names),
-      "monopolistic_classes": job.monopolistic.tolist(),
-      "seconds": round(seconds, 3),
-      "compile_seconds": compiling["compile_seconds"],
-      "peak_memory_bytes": simulation.peak_memory_bytes(),
-      "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
-      "versions": _versions(),
-      "commit": _commit(),
-      "finished": True,
+    "algorithm": config.algorithm,
+    "dataset": config.dataset,
+    "num_clients": config.num_clients,
+    "rounds": config.rounds,
+    "seed": config.seed,
+    "personal_accuracy": summarised(result.personal_scores),
+    "global_accuracy": summarised(result.global_scores),
+    "pooled_accuracy": {
+      "global_model": global_pooled,
+      "personal_mean": mean(pooled),
+      "personal_dropped": mean(pooled[dropped]),
+    },
+    "unseen": unseen,
+    "cost": simulation.cost(job.build, job.inputs, result)._asdict(),
+    "partition": config.partition,
+    "alpha": config.alpha if config.partition == "dirichlet" else None,
+    "dropout": config.dropout,
+    "drop_rate": config.drop_rate,
+    "class_names": list(job.dataset.class_names),
+    "monopolistic_classes": monopolistic.tolist(),
+    "seconds": round(seconds, 3),
+    "compile_seconds": compiling["compile_seconds"],
+    "peak_memory_bytes": simulation.peak_memory_bytes(),
+    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
+    "versions": _versions(),
+    "commit": _commit(),
+    "finished": True,
   }
 
 

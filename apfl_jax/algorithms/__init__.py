@@ -31,12 +31,12 @@ class Method(NamedTuple):
 
 
 METHODS: dict[str, Method] = {
-    "ap_fl": Method(
-        ap_fl, "Wan et al. 2025, arXiv 2503.00407 (reconstructed)", head="anchored", samples=ap_fl_package.samples
-    ),
-    "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629"),
-    "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252"),
-    "local": Method(local, "the lower bound", keeps="its model"),
+  "ap_fl": Method(
+    ap_fl, "Wan et al. 2025, arXiv 2503.00407 (reconstructed)", head="anchored", samples=ap_fl_package.samples
+  ),
+  "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629"),
+  "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252"),
+  "local": Method(local, "the lower bound", keeps="its model"),
 }
 
 

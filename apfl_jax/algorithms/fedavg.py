@@ -23,12 +23,12 @@ def fedavg(task: Task) -> Algorithm:
     return client, Upload(update=delta, weight=training.weight(task.sgd, data.train.size))
 
   return Algorithm(
-      init=task.model.init,
-      download=lambda server: Download(shared=server),
-      local_update=local_update,
-      aggregate=lambda server, received, key: jax.tree.map(lambda w, d: w + d, server, received.mean),
-      predict=lambda model, images: training.predict(task.model, model, images),
-      global_model=lambda server: server,
-      init_client=lambda download, key: (),
-      personalize=lambda download, client, data, visit, key: download.shared,
+    init=task.model.init,
+    download=lambda server: Download(shared=server),
+    local_update=local_update,
+    aggregate=lambda server, received, key: jax.tree.map(lambda w, d: w + d, server, received.mean),
+    predict=lambda model, images: training.predict(task.model, model, images),
+    global_model=lambda server: server,
+    init_client=lambda download, key: (),
+    personalize=lambda download, client, data, visit, key: download.shared,
   )

@@ -24,12 +24,12 @@ def local(task: Task) -> Algorithm:
     return training.fine_tune(task, loss, client, data, task.sgd.personal_steps, key)
 
   return Algorithm(
-      init=task.model.init,
-      download=lambda server: Download(shared=server),
-      local_update=local_update,
-      aggregate=lambda server, received, key: server,
-      predict=lambda model, images: training.predict(task.model, model, images),
-      global_model=lambda server: None,
-      init_client=lambda download, key: download.shared,
-      personalize=personalize,
+    init=task.model.init,
+    download=lambda server: Download(shared=server),
+    local_update=local_update,
+    aggregate=lambda server, received, key: server,
+    predict=lambda model, images: training.predict(task.model, model, images),
+    global_model=lambda server: None,
+    init_client=lambda download, key: download.shared,
+    personalize=personalize,
   )

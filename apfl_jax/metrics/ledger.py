@@ -130,7 +130,7 @@ def _equation(eqn: jex.JaxprEqn, values: list[_Value]) -> tuple[int, list[_Value
   if name == "cond":
     return _cond(params["branches"], values[0], values[1:])
   if name == "scan":
-    return _scan(params, values)
+    return _scan(eqn, values)
   if name == "while":
     return _while(params, values)
   unknown: list[_Value] = [None] * len(eqn.outvars)
@@ -163,11 +163,19 @@ def _unchanged(body: jex.Jaxpr, constants: int, carry: list[_Value]) -> list[_Va
   return [value if new is old else None for value, old, new in pairs]
 
 
-def _scan(params: dict[str, Any], values: list[_Value]) -> tuple[int, list[_Value]]:
-  body, constants, size = params["jaxpr"], params["num_consts"], params["num_carry"]
-  carry = _unchanged(body.jaxpr, constants, values[constants : constants + size])
-  operations, results = _walk(body, values[:constants] + carry + [None] * (len(values) - constants - size))
-  return params["length"] * operations, carry + [None] * (len(results) - size)
+def _scan(eqn: jex.JaxprEqn, values: list[_Value]) -> tuple[int, list[_Value]]:
+  body = eqn.params["jaxpr"]
+
+  def whole(outer: Sequence[_Atom], inner: Sequence[_Atom]) -> int:
+    return sum(_aval(x).ndim == _aval(y).ndim for x, y in zip(outer, inner, strict=True))
+
+  # Constants, carry and rows go in, carry and rows come out; rows alone have one axis less inside. The parameters
+  # that tell the numbers of each differ between versions of JAX.
+  size, rows = whole(eqn.outvars, body.jaxpr.outvars), whole(eqn.invars, body.jaxpr.invars)
+  constants = rows - size
+  carry = _unchanged(body.jaxpr, constants, values[constants:rows])
+  operations, _ = _walk(body, values[:constants] + carry + [None] * (len(values) - rows))
+  return eqn.params["length"] * operations, carry + [None] * (len(eqn.outvars) - size)
 
 
 def _while(params: dict[str, Any], values: list[_Value]) -> tuple[int, list[_Value]]:

@@ -19,7 +19,9 @@ from apfl_jax.errors import InputError
 from apfl_jax.nn.layers import Conv, functional, max_pool
 from apfl_jax.types import Array, Key, Model, Params, PyTree
 
-_dense = functools.partial(nnx.Linear, kernel_init=nnx.initializers.he_normal())  # ReLU follows
+# Uniform, not truncated normal: of the same variance, and drawing it compiles several times faster.
+_dense = functools.partial(nnx.Linear, kernel_init=nnx.initializers.he_uniform())  # ReLU follows
+_readout = functools.partial(nnx.Linear, kernel_init=nnx.initializers.lecun_uniform())
 
 
 class Mlp(nnx.Module):
@@ -135,13 +137,13 @@ def _head(
 ) -> tuple[Callable[[Key], PyTree], Callable[[PyTree, Array], Array], Callable[[PyTree, Array], Array] | None]:
   """The head's init and apply, and its map into the space of the embeddings if it has one."""
   if head == "free":
-    init, apply = functional(lambda rngs: nnx.Linear(features, num_classes, dtype=dtype, rngs=rngs))
+    init, apply = functional(lambda rngs: _readout(features, num_classes, dtype=dtype, rngs=rngs))
     return init, lambda params, x: apply(params, x).astype(jnp.float32), None
   if embeddings is None or embeddings.ndim != 2 or len(embeddings) != num_classes:
     got = "none" if embeddings is None else f"shape {list(embeddings.shape)}"
     raise InputError(f"embeddings: got {got}, the anchored head needs [{num_classes}, D], a row for each class")
   size = embeddings.shape[1]
-  init, apply = functional(lambda rngs: nnx.Linear(features, size, use_bias=False, dtype=dtype, rngs=rngs))
+  init, apply = functional(lambda rngs: _readout(features, size, use_bias=False, dtype=dtype, rngs=rngs))
 
   def semantics(params: PyTree, features: Array) -> Array:
     return apply(params, features).astype(jnp.float32)

@@ -3,6 +3,8 @@
 No batch statistics: a batch of a single class would normalise the class away (method 2.6 [P]).
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,6 +13,7 @@ from apfl_jax.nn.layers import Conv, functional, upsample
 from apfl_jax.types import Array, Generator
 
 _CODE = 64  # length of u
+_linear = functools.partial(nnx.Linear, kernel_init=nnx.initializers.lecun_uniform())
 _GROUPS = 8
 
 
@@ -20,7 +23,7 @@ class Film(nnx.Module):
   def __init__(self, channels: int, *, rngs: nnx.Rngs):
     """Args: channels, a multiple of 8; rngs."""
     self.norm = nnx.GroupNorm(channels, _GROUPS, use_scale=False, use_bias=False, rngs=rngs)
-    self.modulation = nnx.Linear(_CODE, 2 * channels, rngs=rngs)
+    self.modulation = _linear(_CODE, 2 * channels, rngs=rngs)
 
   def __call__(self, x: Array, code: Array) -> Array:
     """[B, H, W, channels], [B, 64] -> [B, H, W, channels]."""
@@ -47,7 +50,7 @@ class SmoothGenerator(nnx.Module):
     self.upsamplings = upsamplings
     # Embeddings have norm 1 whatever D is, so weights of variance 1, not 1 / D, give codes of a useful size.
     self.encode = nnx.Linear(embedding_size, _CODE, use_bias=False, kernel_init=nnx.initializers.normal(1.0), rngs=rngs)
-    self.dense = nnx.Linear(noise_size + _CODE, self.grid[0] * self.grid[1] * width, rngs=rngs)
+    self.dense = _linear(noise_size + _CODE, self.grid[0] * self.grid[1] * width, rngs=rngs)
     self.film1 = Film(width, rngs=rngs)
     self.conv1 = Conv(width, width // 2, 3, rngs=rngs)
     self.film2 = Film(width // 2, rngs=rngs)

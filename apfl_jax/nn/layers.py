@@ -105,7 +105,7 @@ class Conv(nnx.Module):
     rngs: nnx.Rngs,
   ):
     """Args: channels in and out, kernel side, stride and padding as `conv2d`, dtype of the computation, rngs."""
-    self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), (size, size, in_channels, out_channels)))
+    self.kernel = nnx.Param(nnx.initializers.he_uniform()(rngs.params(), (size, size, in_channels, out_channels)))
     self.bias = nnx.Param(jnp.zeros((out_channels,)))
     self.stride = stride
     self.padding = padding

@@ -16,12 +16,12 @@ from apfl_jax.types import Array, Availability, Key, Process, PyTree
 def _available(ids: Array) -> Availability:
   shape = jnp.shape(ids)
   return Availability(
-      present=jnp.ones(shape, bool),
-      arrives=jnp.ones(shape, bool),
-      delay=jnp.zeros(shape, jnp.int32),
-      work=jnp.ones(shape, jnp.float32),
-      speed=jnp.ones(shape, jnp.float32),
-      gone=jnp.zeros(shape, bool),
+    present=jnp.ones(shape, bool),
+    arrives=jnp.ones(shape, bool),
+    delay=jnp.zeros(shape, jnp.int32),
+    work=jnp.ones(shape, jnp.float32),
+    speed=jnp.ones(shape, jnp.float32),
+    gone=jnp.zeros(shape, bool),
   )
 
 
@@ -33,9 +33,9 @@ def _keep(state: PyTree, round: Array, key: Key) -> PyTree:
 def everyone() -> Process:
   """Everyone is present in every round and every upload arrives."""
   return Process(
-      init=lambda key: (),
-      step=_keep,
-      look=lambda state, round, ids, key: _available(ids),
+    init=lambda key: (),
+    step=_keep,
+    look=lambda state, round, ids, key: _available(ids),
   )
 
 
@@ -90,12 +90,12 @@ def chain(*processes: Process) -> Process:
     for p, s, k in zip(processes, state, keys(key), strict=True):
       a = p.look(s, round, ids, k)
       result = Availability(
-          present=result.present & a.present,
-          arrives=result.arrives & a.arrives,
-          delay=result.delay + a.delay,
-          work=result.work * a.work,
-          speed=result.speed * a.speed,
-          gone=result.gone | a.gone,
+        present=result.present & a.present,
+        arrives=result.arrives & a.arrives,
+        delay=result.delay + a.delay,
+        work=result.work * a.work,
+        speed=result.speed * a.speed,
+        gone=result.gone | a.gone,
       )
     return result
 
@@ -103,9 +103,9 @@ def chain(*processes: Process) -> Process:
 
 
 PROCESSES: dict[str, Callable[[int, Array | float], Process]] = {
-    "none": lambda num_clients, rate: everyone(),
-    "cold": cold,
-    "bernoulli": lambda num_clients, rate: bernoulli(rate),
+  "none": lambda num_clients, rate: everyone(),
+  "cold": cold,
+  "bernoulli": lambda num_clients, rate: bernoulli(rate),
 }
 
 
@@ -124,9 +124,9 @@ def step(process: Process, state: PyTree, round: Array, seed: Array | int) -> Py
   return process.step(state, round, random.key(seed, random.Purpose.POPULATION, round, 0))
 
 
-def look(process: Process, state: PyTree, round: Array, ids: Array, seed: Array | int) -> Availability:
+def look(process: Process, state: PyTree, round: Array | int, ids: Array, seed: Array | int) -> Availability:
   """Availability of `ids` in `round`, whose state has been stepped."""
-  return process.look(state, round, ids, random.key(seed, random.Purpose.POPULATION, round, 1))
+  return process.look(state, jnp.asarray(round), ids, random.key(seed, random.Purpose.POPULATION, round, 1))
 
 
 def departed(process: Process, seed: Array | int, rounds: Array | int, num_clients: int) -> Array:

@@ -106,9 +106,7 @@ def client_map(fn: ClientFunction, how: str = "auto", mesh: Mesh | None = None) 
     run = local
     if mesh:
       split, whole = PartitionSpec(AXIS), PartitionSpec()
-      run = jax.shard_map(
-          local, mesh=mesh, in_specs=(whole, split, split), out_specs=(split, split), check_vma=False
-      )
+      run = jax.shard_map(local, mesh=mesh, in_specs=(whole, split, split), out_specs=(split, split), check_vma=False)
     sums, outputs = run(shared, rows, ok)  # [devices, lanes, ...], [devices, each, ...]
     in_order = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(LANES, *x.shape[2:]), sums)
     total = jax.tree.map(lambda x: reduce(jnp.add, [x[lane] for lane in range(LANES)]), in_order)

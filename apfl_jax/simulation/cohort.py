@@ -8,7 +8,7 @@ from apfl_jax.types import Array, Process, PyTree
 
 
 def draw_cohort(
-    process: Process, state: PyTree, round: Array, seed: Array, population_size: int, cohort_size: int
+  process: Process, state: PyTree, round: Array, seed: Array, population_size: int, cohort_size: int
 ) -> tuple[Array, Array]:
   """Walks along the permutation until K present clients are found; no work is O(N) unless few are present.
 

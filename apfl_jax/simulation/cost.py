@@ -1,7 +1,7 @@
 """What a run cost: operations and bytes, from the functions of the method alone; no method declares anything."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +46,11 @@ def cost(build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, r
   client = jax.eval_shape(lambda s, d, k: algorithm(s).init_client(d, k), settings, download, key)
 
   def arguments(size: int, validation: int) -> tuple:
-    zero = np.int32(0)
-    spans = Span(zero, np.int32(size)), Span(zero, np.int32(validation))
-    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=np.float32(1), wait=zero)
+    # Numbers are known to the ledger; traced and abstract values are not.
+    number: Any = np.int32
+    zero, whole = number(0), np.float32(1)
+    spans = Span(zero, number(size)), Span(zero, number(validation))
+    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=cast(Any, whole), wait=zero)
     return settings, download, client, store, *spans, visit, key
 
   def local_update(settings, download, client, store, train, validation, visit, key):
@@ -73,19 +75,20 @@ def cost(build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, r
   times = np.asarray(result.state.times)
   _, upload = jax.eval_shape(local_update, *arguments(1, 1))
   visits, rounds = float(times.sum()), sum(n > 0 for n in result.record.arrived)
+  abstract: Any = jax.ShapeDtypeStruct
   received = Received(
-      total=upload.update,
-      weight=upload.weight,
-      kept=jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), upload.kept),
-      ids=jax.ShapeDtypeStruct((1,), jnp.int32),
-      arrived=jax.ShapeDtypeStruct((1,), bool),
-      staleness=jax.ShapeDtypeStruct((1,), jnp.int32),
+    total=upload.update,
+    weight=upload.weight,
+    kept=jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), upload.kept),
+    ids=abstract((1,), jnp.int32),
+    arrived=abstract((1,), bool),
+    staleness=abstract((1,), jnp.int32),
   )
   read = lambda function: ledger.bytes_read(function, *arguments(1, 1), argnum=1)
   return Cost(
-      local_flops=float((each_client(local_update) * times).sum()),
-      generator_flops=rounds * ledger.flops(aggregate, settings, result.state.server, received, key) or None,
-      personalize_flops=float(each_client(personalize)[result.rows].sum()),
-      bytes_up=visits * ledger.nbytes(upload),
-      bytes_down=visits * read(local_update) + len(result.rows) * read(personalize),
+    local_flops=float((each_client(local_update) * times).sum()),
+    generator_flops=rounds * ledger.flops(aggregate, settings, result.state.server, received, key) or None,
+    personalize_flops=float(each_client(personalize)[result.rows].sum()),
+    bytes_up=visits * ledger.nbytes(upload),
+    bytes_down=visits * read(local_update) + len(result.rows) * read(personalize),
   )

@@ -14,17 +14,17 @@ from apfl_jax.simulation.client_map import client_map
 from apfl_jax.simulation.cohort import draw_cohort
 from apfl_jax.training import evaluate
 from apfl_jax.types import (
-    Algorithm,
-    Array,
-    Data,
-    Download,
-    Federation,
-    Process,
-    PyTree,
-    Received,
-    Span,
-    State,
-    Visit,
+  Algorithm,
+  Array,
+  Data,
+  Download,
+  Federation,
+  Process,
+  PyTree,
+  Received,
+  Span,
+  State,
+  Visit,
 )
 
 
@@ -102,16 +102,16 @@ class Simulator(NamedTuple):
 
 
 def simulator(
-    build: Callable[[PyTree], tuple[Algorithm, Process]],
-    inputs: Inputs,
-    num_classes: int,
-    *,
-    population_size: int,
-    cohort_size: int,
-    chunk: int = 10,
-    versions: int = 1,
-    how: str = "auto",
-    mesh: Mesh | None = None,
+  build: Callable[[PyTree], tuple[Algorithm, Process]],
+  inputs: Inputs,
+  num_classes: int,
+  *,
+  population_size: int,
+  cohort_size: int,
+  chunk: int = 10,
+  versions: int = 1,
+  how: str = "auto",
+  mesh: Mesh | None = None,
 ) -> Simulator:
   """Makes the compiled functions of a simulation.
 
@@ -136,12 +136,12 @@ def simulator(
     # Rows do not exist before a client's first visit: only their shape is asked for.
     client = jax.eval_shape(algorithm.init_client, _own(download, 0), jax.random.key(0))
     return State(
-        round=jnp.int32(0),
-        server=server,
-        clients=jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), client),
-        times=jnp.zeros(rows, jnp.int32),
-        population=population.start(process, inputs.seed),
-        history=jax.tree.map(lambda x: jnp.zeros((versions, *jnp.shape(x)), jnp.result_type(x)), download.shared),
+      round=jnp.int32(0),
+      server=server,
+      clients=jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), client),
+      times=jnp.zeros(rows, jnp.int32),
+      population=population.start(process, inputs.seed),
+      history=jax.tree.map(lambda x: jnp.zeros((versions, *jnp.shape(x)), jnp.result_type(x)), download.shared),
     )
 
   def round_step(state: State, inputs: Inputs, sorted_ids: Array, order: Array) -> tuple[State, RoundMetrics]:
@@ -176,12 +176,12 @@ def simulator(
       return (total, weight), (client, kept, arrived)
 
     visit = Visit(
-        id=ids,
-        round=jnp.broadcast_to(now, ids.shape),
-        times=state.times[row],
-        staleness=delay,
-        work=there.work,
-        wait=jnp.zeros_like(ids),
+      id=ids,
+      round=jnp.broadcast_to(now, ids.shape),
+      times=state.times[row],
+      staleness=delay,
+      work=there.work,
+      wait=jnp.zeros_like(ids),
     )
     mine = jax.tree.map(lambda x: x[row], state.clients)
     own = jax.tree.map(lambda x: x[ids], download.own)
@@ -190,21 +190,21 @@ def simulator(
 
     received = Received(total, weight, kept, ids, arrived, delay)
     server = jax.lax.cond(
-        jnp.any(arrived) & (weight > 0),
-        algorithm.aggregate,
-        lambda server, received, key: server,
-        state.server,
-        received,
-        random.key(seed, Purpose.AGGREGATE, now),
+      jnp.any(arrived) & (weight > 0),
+      algorithm.aggregate,
+      lambda server, received, key: server,
+      state.server,
+      received,
+      random.key(seed, Purpose.AGGREGATE, now),
     )
     place = jnp.where(ok, row, federation.id.shape[0])  # out of range: not written
     state = State(
-        round=now + 1,
-        server=server,
-        clients=jax.tree.map(lambda all, x: all.at[place].set(x, mode="drop"), state.clients, mine),
-        times=state.times.at[place].add(1, mode="drop"),
-        population=presence,
-        history=history,
+      round=now + 1,
+      server=server,
+      clients=jax.tree.map(lambda all, x: all.at[place].set(x, mode="drop"), state.clients, mine),
+      times=state.times.at[place].add(1, mode="drop"),
+      population=presence,
+      history=history,
     )
     status = ok.astype(jnp.uint8) + arrived
     return state, RoundMetrics(jnp.sum(ok), jnp.sum(arrived), ids, status.astype(jnp.uint8))
@@ -223,7 +223,9 @@ def simulator(
 
     return jax.lax.fori_loop(0, rounds, body, (state, record))
 
-  def score(predict: Callable[[Any, Array], Any], federation: Federation, pooled: Span, model: PyTree, row: Array):
+  def score(
+    predict: Callable[[Any, Array], Any], federation: Federation, pooled: Span, model: PyTree, row: Array
+  ) -> Scores:
     answer = partial(predict, model)
     own = evaluate(answer, federation.store, _at(federation.test, row), num_classes)
     return Scores(own.confusion, evaluate(answer, federation.store, pooled, num_classes).confusion, own.loss)
@@ -233,8 +235,12 @@ def simulator(
     algorithm, _ = build(inputs.settings)
     model = algorithm.global_model(state.server)
     nothing = Span(jnp.int32(0), jnp.int32(0))
-    one = lambda shared, row: ((), score(algorithm.predict, *shared, row))
-    return over_clients(one)((inputs.federation, nothing, model), rows, ok)[1]
+
+    def one(shared, row):
+      federation, model = shared
+      return (), score(algorithm.predict, federation, nothing, model, row)
+
+    return over_clients(one)((inputs.federation, model), rows, ok)[1]
 
   @jax.jit
   def score_pooled(state: State, inputs: Inputs, classes: Array) -> Array:
@@ -276,15 +282,15 @@ def simulator(
     return algorithm.global_model(algorithm.init(random.key(inputs.seed, Purpose.SERVER)))
 
   return Simulator(
-      init=jax.jit(init),
-      advance=advance,
-      score_global=score_global,
-      score_pooled=score_pooled,
-      score_personal=score_personal,
-      departed=departed,
-      chunk=chunk,
-      num_classes=num_classes,
-      has_global_model=jax.eval_shape(has_global_model, inputs) is not None,
+    init=jax.jit(init),
+    advance=advance,
+    score_global=score_global,
+    score_pooled=score_pooled,
+    score_personal=score_personal,
+    departed=departed,
+    chunk=chunk,
+    num_classes=num_classes,
+    has_global_model=jax.eval_shape(has_global_model, inputs) is not None,
   )
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from apfl_jax import metrics
 from apfl_jax.simulation.checkpoints import Checkpoints
-from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Scores, Simulator
+from apfl_jax.simulation.rounds import Inputs, Scores, Simulator
 from apfl_jax.types import State
 
 
@@ -37,16 +37,16 @@ class Record(NamedTuple):
 
 
 class Result(NamedTuple):
-  """What a run ends with. Rows are those of `rows`, [R].
+  """What a run ends with.
 
   Attributes:
     state: after the last round.
     record: see `Record`.
     rows: int32 [R], the federation rows that were scored.
     presence_ids: int32 [N'], the ids of the presence map.
-    dropped: bool [R], never took part or left for good.
-    global_scores: Scores of the global model on the clients' own test examples; None where the method has none.
-    personal_scores: Scores of the personal models.
+    dropped: bool [N] by row, never took part or left for good.
+    global_scores: Scores [R] of the global model on the clients' own test examples; None where the method has none.
+    personal_scores: Scores [R] of the personal models.
     pooled_confusion: (classes bool [C]) -> int32 [C, C], the global model on the pooled test examples, answering with
       one of these classes only; None without a global model.
   """
@@ -62,17 +62,17 @@ class Result(NamedTuple):
 
 
 def run(
-    simulator: Simulator,
-    inputs: Inputs,
-    *,
-    rounds: int,
-    eval_every: int = 5,
-    personalize_every: int = 0,
-    eval_clients: int = 0,
-    checkpoint_every: int = 0,
-    directory: Path | None = None,
-    on_record: Callable[[Record], None] = lambda record: None,
-    progress: bool = True,
+  simulator: Simulator,
+  inputs: Inputs,
+  *,
+  rounds: int,
+  eval_every: int = 5,
+  personalize_every: int = 0,
+  eval_clients: int = 0,
+  checkpoint_every: int = 0,
+  directory: Path | None = None,
+  on_record: Callable[[Record], None] = lambda record: None,
+  progress: bool = True,
 ) -> Result:
   """Runs to the last round, from the newest checkpoint if there is one, and scores global and personal models.
 
@@ -106,12 +106,12 @@ def run(
     return bool(every) and at % every == 0
 
   def evaluate(state: State, at: int, personal: bool) -> tuple[np.ndarray, Scores | None, Scores | None]:
-    dropped = (gone | (np.asarray(state.times) == 0))[rows]
+    dropped = gone | (np.asarray(state.times) == 0)
     bar = progress and at == rounds
     shared = _score(simulator.score_global, state, inputs, rows, "scoring", bar) if simulator.has_global_model else None
     own = _score(simulator.score_personal, state, inputs, rows, "personalising", bar) if personal else None
     pooled = np.full((), np.nan) if shared is None else metrics.accuracy(pooled_confusion(state, everything))
-    record.metrics.append(_line(record, at, dropped, shared, own, float(pooled)))
+    record.metrics.append(_line(record, at, dropped[rows], shared, own, float(pooled)))
     return dropped, shared, own
 
   def pooled_confusion(state: State, classes: np.ndarray) -> np.ndarray:
@@ -120,18 +120,18 @@ def run(
   everything = np.ones(simulator.num_classes, bool)
 
   with tqdm(
-      total=rounds, initial=done, desc="rounds", unit="round", disable=not progress, mininterval=_interval()
+    total=rounds, initial=done, desc="rounds", unit="round", disable=not progress, mininterval=_interval()
   ) as bar:
     while done < rounds:
       cadences = [c for c in (eval_every, personalize_every, checkpoint_every) if c]
       size = min([simulator.chunk, rounds - done, *(c - done % c for c in cadences)])
       with Stopwatch() as watch:
         state, happened = simulator.advance(state, inputs, jnp.int32(size))
-        happened = jax.tree.map(lambda x: np.asarray(x)[:size], happened)
+        fetched = jax.tree.map(np.asarray, happened)
       done += size
-      record.present.extend(happened.present.tolist())
-      record.arrived.extend(happened.arrived.tolist())
-      record.presence.extend(_presence(happened, presence_ids, population))
+      record.present.extend(fetched.present[:size].tolist())
+      record.arrived.extend(fetched.arrived[:size].tolist())
+      record.presence.extend(_presence(fetched.ids[:size], fetched.status[:size], presence_ids, population))
       record.timings.append({"round": done, **watch.read()})
       if done < rounds and (due(eval_every, done) or due(personalize_every, done)):
         evaluate(state, done, personal=due(personalize_every, done))
@@ -154,7 +154,7 @@ def run(
 
 
 def _line(
-    record: Record, at: int, dropped: np.ndarray, shared: Scores | None, own: Scores | None, pooled: float
+  record: Record, at: int, dropped: np.ndarray, shared: Scores | None, own: Scores | None, pooled: float
 ) -> dict[str, Any]:
   """A line of metrics.jsonl."""
 
@@ -169,7 +169,7 @@ def _line(
     line[f"{name}_accuracy_dropped"] = mean(each[dropped])
     line[f"{name}_accuracy_present"] = mean(each[~dropped])
     if scores is not None:
-      line[f"{name}_loss"] = float(scores.own_loss.sum() / max(scores.own.sum(), 1))
+      line[f"{name}_loss"] = float(np.sum(scores.own_loss) / max(int(np.sum(scores.own)), 1))
     else:
       line[f"{name}_loss"] = None
   line["pooled_accuracy"] = mean(np.array([pooled]))
@@ -178,27 +178,27 @@ def _line(
 
 
 def _score(
-    function: Callable[..., Scores], state: State, inputs: Inputs, rows: np.ndarray, name: str, progress: bool
+  function: Callable[..., Scores], state: State, inputs: Inputs, rows: np.ndarray, name: str, progress: bool
 ) -> Scores:
   """Scores in blocks, so that long work shows progress and one block's shapes serve them all."""
   block = min(len(rows), 16)
   parts = []
   for start in tqdm(
-      range(0, len(rows), block), desc=name, unit=f"x{block} clients", disable=not progress, mininterval=_interval()
+    range(0, len(rows), block), desc=name, unit=f"x{block} clients", disable=not progress, mininterval=_interval()
   ):
     some = rows[start : start + block]
     ok = np.arange(block) < len(some)
     padded = np.pad(some, (0, block - len(some)))
     scores = function(state, inputs, jnp.asarray(padded), jnp.asarray(ok))
-    parts.append(jax.tree.map(lambda x, n=len(some): np.asarray(x)[:n], scores))
-  return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    parts.append(jax.tree.map(np.asarray, scores))
+  return jax.tree.map(lambda *blocks: np.concatenate(blocks)[: len(rows)], *parts)
 
 
-def _presence(happened: RoundMetrics, ids: np.ndarray, population: int) -> list[str]:
+def _presence(cohorts: np.ndarray, statuses: np.ndarray, ids: np.ndarray, population: int) -> list[str]:
   place = np.full(population, -1)
   place[ids] = np.arange(len(ids))
   lines = []
-  for cohort, status in zip(happened.ids, happened.status, strict=True):
+  for cohort, status in zip(cohorts, statuses, strict=True):
     shown = np.zeros(len(ids), np.uint8)
     inside = (place[cohort] >= 0) & (status > 0)
     shown[place[cohort[inside]]] = status[inside]
@@ -241,16 +241,16 @@ class Stopwatch:
     self._seconds = time.perf_counter() - self._start
     jax.monitoring.unregister_event_duration_listener(self._listen)
 
-  def _listen(self, event: str, seconds: float, **_: object) -> None:
+  def _listen(self, event: str, duration_secs: float, **_: object) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
       self._compilations += 1
-      self._compile_seconds += seconds
+      self._compile_seconds += duration_secs
 
   def read(self) -> dict[str, Any]:
     """The row of timings.jsonl, once the block has ended."""
     return {
-        "seconds": round(self._seconds, 4),
-        "compile_seconds": round(self._compile_seconds, 4),
-        "compilations": self._compilations,
-        "peak_memory_bytes": peak_memory_bytes(),
+      "seconds": round(self._seconds, 4),
+      "compile_seconds": round(self._compile_seconds, 4),
+      "compilations": self._compilations,
+      "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -29,7 +29,8 @@ def shift(images: Array, offset: Array) -> Array:
 
 def augment(kind: str, batch: Batch, key: Key) -> Batch:
   """`none`; `shift`: each image moved at random; `full`: shift, mixup (Zhang et al. 2018, Beta(1, 1) per pair),
-  label smoothing 0.1. The key is consumed."""
+  label smoothing 0.1. The key is consumed.
+  """
   if kind == "none":
     return batch
   shift_key, mix_key = jax.random.split(key)
@@ -43,7 +44,7 @@ def augment(kind: str, batch: Batch, key: Key) -> Batch:
   mix = lambda x, s: s * x + (1.0 - s) * partner(x)
   targets = mix(batch.targets, share[:, None])
   return Batch(
-      images=mix(images, share[:, None, None, None]),
-      targets=(1.0 - _SMOOTHING) * targets + _SMOOTHING / targets.shape[1],
-      mask=batch.mask,
+    images=mix(images, share[:, None, None, None]),
+    targets=(1.0 - _SMOOTHING) * targets + _SMOOTHING / targets.shape[1],
+    mask=batch.mask,
   )

@@ -33,9 +33,9 @@ def gather(store: Store, span: Span, position: Array, num_classes: int) -> Batch
   inside = position < span.size
   example = store.index[span.start + jnp.minimum(position, jnp.maximum(span.size - 1, 0))]
   return Batch(
-      images=images_of(store.images[example]),
-      targets=jax.nn.one_hot(store.labels[example], num_classes),
-      mask=inside.astype(jnp.float32),
+    images=images_of(store.images[example]),
+    targets=jax.nn.one_hot(store.labels[example], num_classes),
+    mask=inside.astype(jnp.float32),
   )
 
 

@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    predict: Callable[[Array], Prediction], store: Store, span: Span, num_classes: int, classes: Array | None = None
+  predict: Callable[[Array], Prediction], store: Store, span: Span, num_classes: int, classes: Array | None = None
 ) -> Evaluation:
   """Scores `predict(images [B, ...])` on a span; an empty span gives zeros.
 

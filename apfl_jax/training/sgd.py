@@ -23,7 +23,7 @@ def weight(sgd: LocalSGD, size: Array) -> Array:
 
 
 def descend(
-    loss: Callable[[PyTree, Array], Array], params: PyTree, steps: Array, learning_rate: Array, *, cosine: bool = False
+  loss: Callable[[PyTree, Array], Array], params: PyTree, steps: Array, learning_rate: Array, *, cosine: bool = False
 ) -> PyTree:
   """Plain gradient descent on `loss(params, step)` for a traced number of steps.
 
@@ -45,14 +45,14 @@ def descend(
 
 
 def local_sgd(
-    task: Task,
-    loss: Callable[[PyTree, Batch], Array],
-    params: PyTree,
-    data: Data,
-    steps: Array,
-    key: Key,
-    *,
-    cosine: bool = False,
+  task: Task,
+  loss: Callable[[PyTree, Batch], Array],
+  params: PyTree,
+  data: Data,
+  steps: Array,
+  key: Key,
+  *,
+  cosine: bool = False,
 ) -> PyTree:
   """SGD over the client's training examples, epoch after epoch, with the task's rate, batch size and augmentation.
 
@@ -81,7 +81,7 @@ def batches(task: Task, data: Data, span: Span, key: Key) -> Callable[[Array], B
 
 
 def fine_tune(
-    task: Task, loss: Callable[[PyTree, Batch], Array], params: PyTree, data: Data, steps: int, key: Key
+  task: Task, loss: Callable[[PyTree, Batch], Array], params: PyTree, data: Data, steps: int, key: Key
 ) -> PyTree:
   """The one fine-tuning that methods share: `steps` SGD steps, the rate falling to 0 along a cosine (method.md 2.8)."""
   taken = jnp.where(data.train.size > 0, steps, 0)

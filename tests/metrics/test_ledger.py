@@ -105,6 +105,20 @@ def test_nested_loops_multiply_and_start_where_they_say():
   assert ledger.flops(nested, SQUARE, 5, 2, 4) == 0
 
 
+def test_a_scan_hands_on_what_it_does_not_change():
+  def rounds(x, rows, scale, outer):
+    def body(carry, row):
+      x, bound, seen = carry
+      return (powers(x, bound) + powers(row, outer), bound, seen + 1), x
+
+    (x, bound, seen), _ = jax.lax.scan(body, (x, 2 * scale, 0), rows)
+    return powers(x, bound), seen
+
+  assert ledger.flops(rounds, SQUARE, shape(5, 3, 3), 2, 7) == (5 * (4 + 7) + 4) * PRODUCT
+  with pytest.raises(ValueError, match="trip count"):  # `seen` changes, so it is not known
+    ledger.flops(lambda *args: powers(args[0], rounds(*args)[1]), SQUARE, shape(5, 3, 3), 2, 7)
+
+
 def test_under_vmap_every_row_runs_as_long_as_the_longest():
   cost = ledger.flops(jax.vmap(powers), shape(4, 3, 3), jnp.array([1, 7, 0, 2]))
   assert cost == 7 * 4 * PRODUCT

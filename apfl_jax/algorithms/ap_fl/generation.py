@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from apfl_jax import random
 from apfl_jax.algorithms.ap_fl.statistics import Moments, distance, moments
 from apfl_jax.training import cross_entropy
 from apfl_jax.training.augment import max_shift, shift
@@ -18,10 +19,10 @@ from apfl_jax.types import Array, Generator, Key, Params, PyTree, Task
 class Weights(NamedTuple):
   """Of the generator's losses, float32 [] each."""
 
-  statistics: Array
-  diversity: Array
-  semantic: Array
-  variation: Array
+  statistics: Array | float
+  diversity: Array | float
+  semantic: Array | float
+  variation: Array | float
 
 
 class Rows(NamedTuple):
@@ -59,39 +60,38 @@ def draw_rows(embeddings: Array, counts: Array, unseen_on: Array, batch_size: in
   fifth = batch_size // 5
   pairs = (batch_size - 2 * fifth) // 2
   seen_key, pair_key, share_key, unseen_key = jax.random.split(key, 4)
-  log_seen = jnp.log(jnp.maximum(counts, 0.0)) * 0.5
-  log_unseen = jnp.where(counts > 0, -jnp.inf, 0.0)
+  frequent = jnp.sqrt(counts)
   any_unseen = jnp.any(counts <= 0)
 
-  label = jnp.repeat(jax.random.categorical(seen_key, log_seen, shape=(pairs,)), 2)
-  a, b = jax.random.categorical(pair_key, log_seen, shape=(2, fifth))
+  label = jnp.repeat(random.categorical(seen_key, frequent, (pairs,)), 2)
+  a, b = random.categorical(pair_key, frequent, (2, fifth))
   share = jax.random.uniform(share_key, (fifth, 1), minval=0.2, maxval=0.8)
   mixed = share * embeddings[a] + (1 - share) * embeddings[b]
   mixed = mixed / jnp.maximum(jnp.linalg.norm(mixed, axis=-1, keepdims=True), 1e-6)
   # With nothing unseen the draw would be over an empty set; the rows are switched off, the draw only stays finite.
-  unseen = jax.random.categorical(unseen_key, jnp.where(any_unseen, log_unseen, 0.0), shape=(fifth,))
+  unseen = random.categorical(unseen_key, jnp.where(any_unseen, counts <= 0, True).astype(jnp.float32), (fifth,))
 
   ones, zeros = (lambda n: jnp.ones(n, jnp.float32)), (lambda n: jnp.zeros(n, jnp.float32))
   on = (unseen_on & any_unseen).astype(jnp.float32) * ones(fifth)
   return Rows(
-      label=jnp.concatenate([label, a, unseen]),
-      embedding=jnp.concatenate([embeddings[label], mixed, embeddings[unseen]]),
-      labelled=jnp.concatenate([ones(2 * pairs), zeros(fifth), on]),
-      seen=jnp.concatenate([ones(2 * pairs), zeros(2 * fifth)]),
-      active=jnp.concatenate([ones(2 * pairs), ones(fifth), on]),
+    label=jnp.concatenate([label, a, unseen]),
+    embedding=jnp.concatenate([embeddings[label], mixed, embeddings[unseen]]),
+    labelled=jnp.concatenate([ones(2 * pairs), zeros(fifth), on]),
+    seen=jnp.concatenate([ones(2 * pairs), zeros(2 * fifth)]),
+    active=jnp.concatenate([ones(2 * pairs), ones(fifth), on]),
   )
 
 
 def generator_loss(
-    task: Task,
-    generator: Generator,
-    weights: Weights,
-    params: PyTree,
-    teacher: Params,
-    statistics: tuple[Moments, ...],
-    rows: Rows,
-    classes: Array,
-    key: Key,
+  task: Task,
+  generator: Generator,
+  weights: Weights,
+  params: PyTree,
+  teacher: Params,
+  statistics: tuple[Moments, ...],
+  rows: Rows,
+  classes: Array,
+  key: Key,
 ) -> Array:
   """L = L_ce + weights . (L_st, L_div, L_sem, L_tv) for one batch, [].
 

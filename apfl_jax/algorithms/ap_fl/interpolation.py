@@ -34,15 +34,15 @@ def by_size(size: Array) -> tuple[Array, Array]:
 
 
 def choose(
-    objective: Objective,
-    local: Params,
-    friend: Params,
-    start: Params,
-    *,
-    points: int,
-    on_grid: Array,
-    pair: tuple[Array, Array],
-    guarded: Array,
+  objective: Objective,
+  local: Params,
+  friend: Params,
+  start: Params,
+  *,
+  points: int,
+  on_grid: Array,
+  pair: tuple[Array, Array],
+  guarded: Array,
 ) -> Params:
   """The personal model: the best pair on a grid or a given pair, guarded by the end points and the start.
 

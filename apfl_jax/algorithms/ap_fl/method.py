@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from apfl_jax import nn, training
+from apfl_jax import nn, random, training
 from apfl_jax.algorithms.ap_fl import generation
 from apfl_jax.algorithms.ap_fl.interpolation import by_size, choose, interpolate
 from apfl_jax.algorithms.ap_fl.statistics import Moments, moments
@@ -76,28 +76,28 @@ class Sent(NamedTuple):
 
 
 def ap_fl(
-    task: Task,
-    *,
-    generator_steps: int = 20,
-    generator_batch: int = 128,
-    generator_learning_rate: float = 1e-3,
-    generator_warmup: int = 4,
-    unseen_warmup: int = 20,
-    generator_decay: float = 0.99,
-    layer_statistics: bool = True,
-    lambda_statistics: float = 1.0,
-    lambda_diversity: float = 0.02,
-    lambda_semantic: float = 0.5,
-    lambda_variation: float = 1.0,
-    mask_softmax: bool = True,
-    friend_steps: int = 100,
-    beta: float = 0.5,
-    synthetic_examples: int = 512,
-    interpolation: str = "grid",
-    grid_points: int = 6,
-    rho: float = 0.3,
-    lambda_base: float = 0.3,
-    lambda_head: float = 0.7,
+  task: Task,
+  *,
+  generator_steps: int = 20,
+  generator_batch: int = 128,
+  generator_learning_rate: float = 1e-3,
+  generator_warmup: int = 4,
+  unseen_warmup: int = 20,
+  generator_decay: float = 0.99,
+  layer_statistics: bool = True,
+  lambda_statistics: float = 1.0,
+  lambda_diversity: float = 0.02,
+  lambda_semantic: float = 0.5,
+  lambda_variation: float = 1.0,
+  mask_softmax: bool = True,
+  friend_steps: int = 100,
+  beta: float = 0.5,
+  synthetic_examples: int = 512,
+  interpolation: str = "grid",
+  grid_points: int = 6,
+  rho: float = 0.3,
+  lambda_base: float = 0.3,
+  lambda_head: float = 0.7,
 ) -> Algorithm:
   """AP-FL, reconstructed [O].
 
@@ -127,11 +127,13 @@ def ap_fl(
   if interpolation not in INTERPOLATIONS:
     raise InputError(f"ap_fl_interpolation: got {interpolation!r}, accepted are {', '.join(INTERPOLATIONS)}")
   if not 0 <= friend_steps <= task.sgd.personal_steps:
-    raise InputError(f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to personal_steps={task.sgd.personal_steps}")
+    raise InputError(
+      f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to personal_steps={task.sgd.personal_steps}"
+    )
   if generator_batch < 10 or synthetic_examples < 1 or grid_points < 2:
     raise InputError(
-        "ap_fl: accepted are generator_batch >= 10, synthetic_examples >= 1, grid_points >= 2;"
-        f" got {generator_batch}, {synthetic_examples}, {grid_points}"
+      "ap_fl: accepted are generator_batch >= 10, synthetic_examples >= 1, grid_points >= 2;"
+      f" got {generator_batch}, {synthetic_examples}, {grid_points}"
     )
   model, num_classes = task.model, task.num_classes
   generator = nn.generator(task.image_shape, task.embeddings.shape[1])
@@ -153,18 +155,19 @@ def ap_fl(
     weights = generator.init(generator_key)
     statistics: tuple[Moments, ...] = ()
     if layer_statistics:
-      blank = jnp.zeros((1, *task.image_shape))
-      statistics = jax.tree.map(jnp.zeros_like, moments(model.base(params.base, blank)[1], jnp.ones(1)))
+      blank = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
+      shapes = jax.eval_shape(lambda images: moments(model.base(params.base, images)[1], jnp.ones(1)), blank)
+      statistics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return Server(
-        params=params,
-        rounds=jnp.int32(0),
-        counts=jnp.zeros(num_classes),
-        counted=jnp.zeros(task.num_clients, bool),
-        statistics=statistics,
-        generator=weights,
-        average=jax.tree.map(jnp.copy, weights),
-        optimizer=optimizer.init(weights),
-        trust=jnp.zeros(num_classes),
+      params=params,
+      rounds=jnp.int32(0),
+      counts=jnp.zeros(num_classes),
+      counted=jnp.zeros(task.num_clients, bool),
+      statistics=statistics,
+      generator=weights,
+      average=jax.tree.map(jnp.copy, weights),
+      optimizer=optimizer.init(weights),
+      trust=jnp.zeros(num_classes),
     )
 
   def download(server):
@@ -188,11 +191,11 @@ def ap_fl(
     new = received.arrived & ~server.counted[received.ids]
     mean = received.mean
     server = server._replace(
-        params=jax.tree.map(lambda w, d: w + d, server.params, mean.delta),
-        rounds=server.rounds + 1,
-        counts=server.counts + jnp.sum(jnp.where(new[:, None], received.kept, 0.0), axis=0),
-        counted=server.counted.at[received.ids].max(new),
-        statistics=mean.statistics,
+      params=jax.tree.map(lambda w, d: w + d, server.params, mean.delta),
+      rounds=server.rounds + 1,
+      counts=server.counts + jnp.sum(jnp.where(new[:, None], received.kept, 0.0), axis=0),
+      counted=server.counted.at[received.ids].max(new),
+      statistics=mean.statistics,
     )
     if not generator_steps:
       return server
@@ -212,9 +215,9 @@ def ap_fl(
       rows_key, loss_key = jax.random.split(jax.random.fold_in(step_key, i))
       rows = generation.draw_rows(task.embeddings, server.counts, unseen_on, generator_batch, rows_key)
       gradient = jax.grad(
-          lambda p: generation.generator_loss(
-              task, generator, weights, p, server.params, server.statistics, rows, classes, loss_key
-          )
+        lambda p: generation.generator_loss(
+          task, generator, weights, p, server.params, server.statistics, rows, classes, loss_key
+        )
       )(params)
       updates, state = optimizer.update(gradient, state)
       params = optax.apply_updates(params, updates)
@@ -248,7 +251,7 @@ def ap_fl(
     own = jnp.sqrt(histogram) / jnp.maximum(jnp.sum(jnp.sqrt(histogram)), 1e-12)
     request = shared.trust * (0.5 * own + 0.5 / jnp.sum(classes))
     request = jnp.where(jnp.sum(request) > 0, request, classes.astype(jnp.float32))
-    label = jax.random.categorical(label_key, jnp.log(request), shape=(synthetic_examples + held_out,))
+    label = random.categorical(label_key, request, (synthetic_examples + held_out,))
     images = generation.sample(generator, shared.generator, task.embeddings, label, sample_key)
     synthetic = training.Batch(images, jax.nn.one_hot(label, num_classes), shared.trust[label])
 
@@ -270,14 +273,14 @@ def ap_fl(
     if interpolation == "fixed":
       return interpolate(local, friend, lambda_base, lambda_head)
     return choose(
-        selection(data, classes, jax.tree.map(lambda x: x[synthetic_examples:], synthetic)),
-        local,
-        friend,
-        shared.params,
-        points=grid_points,
-        on_grid=(interpolation == "grid") & (data.validation.size >= _MANY_VALIDATION),
-        pair=by_size(data.train.size),
-        guarded=data.validation.size > 0,
+      selection(data, classes, jax.tree.map(lambda x: x[synthetic_examples:], synthetic)),
+      local,
+      friend,
+      shared.params,
+      points=grid_points,
+      on_grid=(interpolation == "grid") & (data.validation.size >= _MANY_VALIDATION),
+      pair=by_size(data.train.size),
+      guarded=data.validation.size > 0,
     )
 
   def selection(data, classes, synthetic):
@@ -303,12 +306,12 @@ def ap_fl(
     return objective
 
   return fedavg(task)._replace(
-      init=init,
-      download=download,
-      local_update=local_update,
-      aggregate=aggregate,
-      global_model=lambda server: server.params,
-      personalize=personalize,
+    init=init,
+    download=download,
+    local_update=local_update,
+    aggregate=aggregate,
+    global_model=lambda server: server.params,
+    personalize=personalize,
   )
 
 

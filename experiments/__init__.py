@@ -1,0 +1,1 @@
+"""The binaries of apfl_jax."""
