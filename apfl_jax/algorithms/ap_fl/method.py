@@ -23,7 +23,23 @@ from apfl_jax.types import Algorithm, Array, Download, Key, Params, PyTree, Task
 
 INTERPOLATIONS = ("grid", "size", "fixed")
 _MANY_VALIDATION = 20  # examples under which the grid is not trusted (method.md 2.9 c)
+_LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
 _TRUST_SAMPLES = 16  # a class, for the mean teacher probability
+
+
+class Answering(NamedTuple):
+  """A model and the classes that it answers with.
+
+  Under the masked softmax nothing holds down the logits of classes that nobody taught, so an anchored head would
+  answer with them at random. They are left out until something says that they can be trusted.
+
+  Attributes:
+    params: the classifier.
+    answers: bool [C].
+  """
+
+  params: Params
+  answers: Array
 
 
 class Shared(NamedTuple):
@@ -90,6 +106,7 @@ def ap_fl(
   lambda_semantic: float = 0.5,
   lambda_variation: float = 1.0,
   mask_softmax: bool = True,
+  answer_unseen: bool = False,
   friend_steps: int = 100,
   beta: float = 0.5,
   synthetic_examples: int = 512,
@@ -115,6 +132,7 @@ def ap_fl(
     lambda_semantic: weight of L_sem; needs an anchored head.
     lambda_variation: weight of total variation beyond .16.
     mask_softmax: softmax in clients' training only over classes seen so far and the client's own (2.4).
+    answer_unseen: whether models answer with classes that nobody taught, by their anchored logits (2.7 a).
     friend_steps: how many of the personal steps train the friend model; the rest train the local model.
     beta: share of the synthetic loss in the friend's.
     synthetic_examples: synthetic images a client trains its friend on; a quarter more is held out to choose lambdas.
@@ -142,10 +160,11 @@ def ap_fl(
   optimizer = optax.adam(schedule, b1=0.5)
   held_out = max(1, synthetic_examples // 4)
 
-  def own_loss(shared, data):
+  def own_classes(shared, data):
+    """The client's label histogram, the classes that it can answer with, and those of its softmax; [C] each."""
     histogram = training.label_histogram(data.store, data.train, num_classes)
-    classes = shared.seen | (histogram > 0) if mask_softmax else jnp.ones(num_classes, bool)
-    return histogram, classes, training.classification_loss(task, classes)
+    classes = shared.seen | (histogram > 0)
+    return histogram, classes, classes if mask_softmax else jnp.ones_like(classes)
 
   # --- rounds ---------------------------------------------------------------------------------------------------------
 
@@ -174,15 +193,15 @@ def ap_fl(
     return Download(Shared(server.params, server.counts > 0, server.average, server.trust))
 
   def local_update(download, client, data, visit, key):
-    train_key, statistics_key = jax.random.split(key)
     shared = download.shared
-    histogram, _, loss = own_loss(shared, data)
+    histogram, _, softmax = own_classes(shared, data)
+    loss = training.classification_loss(task, softmax)
     steps = training.num_steps(task.sgd, data.train.size, visit.work)
-    params = training.local_sgd(task, loss, shared.params, data, steps, train_key)
+    params = training.local_sgd(task, loss, shared.params, data, steps, key)
     delta = jax.tree.map(lambda new, old: new - old, params, shared.params)
     statistics: tuple[Moments, ...] = ()
     if layer_statistics:
-      batch = batches(task, data, data.train, statistics_key)(jnp.int32(0))
+      batch = batches(task, data, data.train, jax.random.fold_in(key, 1))(jnp.int32(0))
       statistics = moments(model.base(params.base, batch.images)[1], batch.mask)
     weight = training.weight(task.sgd, data.train.size)
     return client, Upload(update=Sent(delta, statistics), weight=weight, kept=histogram)
@@ -242,9 +261,10 @@ def ap_fl(
   def personalize(download, client, data, visit, key):
     del client, visit
     shared = download.shared
-    # The local model takes the first key alone, as fine-tuning does: the two are then the same model to the bit.
+    # The local model takes the key as fine-tuning does: the two are then the same model to the bit.
     friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, 1), 3)
-    histogram, classes, loss = own_loss(shared, data)
+    histogram, classes, softmax = own_classes(shared, data)
+    loss = training.classification_loss(task, softmax)
     local = training.fine_tune(task, loss, shared.params, data, task.sgd.personal_steps - friend_steps, key)
 
     # Synthetic examples: half by the client's own labels, half uniform, as far as they are trusted (2.8).
@@ -263,7 +283,7 @@ def ap_fl(
       rows = (step * batch_size + jnp.arange(batch_size)) % synthetic_examples
       made = jax.tree.map(lambda x: x[rows], synthetic)
       both = jax.tree.map(lambda *x: jnp.concatenate(x), real, made)  # one pass through the model
-      each = training.cross_entropy(training.predict(model, params, both.images).logits, both.targets, classes)
+      each = training.cross_entropy(training.predict(model, params, both.images).logits, both.targets, softmax)
       own, trusted = jnp.split(both.mask * each, 2)
       return (1 - beta) * jnp.sum(own) / jnp.maximum(jnp.sum(real.mask), 1.0) + beta * jnp.mean(trusted)
 
@@ -271,9 +291,9 @@ def ap_fl(
     friend = training.descend(friend_loss, shared.params, steps, task.sgd.learning_rate, cosine=True)
 
     if interpolation == "fixed":
-      return interpolate(local, friend, lambda_base, lambda_head)
-    return choose(
-      selection(data, classes, jax.tree.map(lambda x: x[synthetic_examples:], synthetic)),
+      return answering(interpolate(local, friend, lambda_base, lambda_head), classes)
+    personal = choose(
+      selection(data, softmax, jax.tree.map(lambda x: x[synthetic_examples:], synthetic)),
       local,
       friend,
       shared.params,
@@ -282,15 +302,24 @@ def ap_fl(
       pair=by_size(data.train.size),
       guarded=data.validation.size > 0,
     )
+    return answering(personal, classes)
 
-  def selection(data, classes, synthetic):
+  def answering(params, classes):
+    return Answering(params, jnp.ones_like(classes) if answer_unseen else classes)
+
+  def predict(chosen, images):
+    prediction = training.predict(model, chosen.params, images)
+    # Lowered and not removed: among the classes left out the order stays, for the restricted score.
+    return prediction._replace(logits=prediction.logits - _LEFT_OUT * ~chosen.answers)
+
+  def selection(data, softmax, synthetic):
     """J(base, heads) = CE on real validation examples + rho * trusted CE on held-out synthetic ones, [P]."""
     block = 64
 
     def summed(base, heads, batch):
       features, _ = model.base(base, batch.images)
       logits = jax.vmap(lambda head: model.head(head, features))(heads)
-      each = jax.vmap(lambda x: training.cross_entropy(x, batch.targets, classes))(logits)
+      each = jax.vmap(lambda x: training.cross_entropy(x, batch.targets, softmax))(logits)
       return each @ batch.mask
 
     def objective(base, heads):
@@ -310,7 +339,8 @@ def ap_fl(
     download=download,
     local_update=local_update,
     aggregate=aggregate,
-    global_model=lambda server: server.params,
+    predict=predict,
+    global_model=lambda server: answering(server.params, server.counts > 0),
     personalize=personalize,
   )
 

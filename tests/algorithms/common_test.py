@@ -1,0 +1,177 @@
+"""What every method must do; one that is listed in the registry is under these tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apfl_jax import metrics, simulation
+from apfl_jax.algorithms import METHODS
+from apfl_jax.types import Data, Download, Received, Span, Visit
+from tests import tasks
+
+pytestmark = pytest.mark.parametrize("name", METHODS)
+
+
+def _with_sizes(inputs, part, sizes):
+  """The first clients' spans cut to these sizes."""
+  span = getattr(inputs.federation, part)
+  sizes = span.size.at[: len(sizes)].set(jnp.int32(sizes))
+  return inputs._replace(federation=inputs.federation._replace(**{part: Span(span.start, sizes)}))
+
+
+def _without_class(inputs, label):
+  """All examples of a class, also test examples, become examples of class 0."""
+  store = inputs.federation.store
+  store = store._replace(labels=jnp.where(store.labels == label, 0, store.labels))
+  return inputs._replace(federation=inputs.federation._replace(store=store))
+
+
+HARD = {
+  "uploads are lost": lambda inputs: tasks.with_settings(inputs, drop_rates=[0.0, 0.7]),
+  "no upload arrives": lambda inputs: tasks.with_settings(inputs, drop_rates=[0.0, 1.0]),
+  "one client is there": lambda inputs: tasks.with_settings(inputs, drop_rates=[5 / 6, 0.0]),
+  "one example or none": lambda inputs: _with_sizes(_with_sizes(inputs, "train", [1, 0]), "validation", [0, 0]),
+  "nobody has examples": lambda inputs: _with_sizes(_with_sizes(inputs, "train", [0] * 6), "validation", [0] * 6),
+  "no validation": lambda inputs: _with_sizes(inputs, "validation", [0] * 6),
+  "no test": lambda inputs: _with_sizes(inputs, "test", [0] * 6),
+  "a class is nowhere": lambda inputs: _without_class(inputs, 3),
+}
+
+
+def test_the_same_bits_twice_and_in_any_chunks(name):
+  simulator, inputs = tasks.simulator(name), tasks.inputs(name)
+  state, again = tasks.run(simulator, inputs, 4), tasks.run(simulator, inputs, 4)
+  tasks.assert_same(again, state)
+  tasks.assert_same(tasks.run(simulator, inputs, 4, chunk=1), state)
+  tasks.assert_same(tasks.personal(simulator, again, inputs), tasks.personal(simulator, state, inputs))
+
+
+def test_compiles_once(name):
+  with simulation.Stopwatch() as watch:
+    jax.jit(lambda x: x + len(name))(np.float32(0.0))
+  assert watch.read()["compilations"] == 1  # or the counter would be blind
+
+  simulator, inputs = tasks.simulator(name), tasks.inputs(name)
+  others = [
+    inputs._replace(seed=jnp.uint32(7)),
+    tasks.with_settings(inputs, learning_rate=0.03),
+    tasks.with_settings(inputs, drop_rates=[0.5, 0.5]),
+    _without_class(_with_sizes(inputs, "train", [3, 0]), 1),
+    inputs._replace(settings=inputs.settings | {"method": {k: v * 0.5 for k, v in inputs.settings["method"].items()}}),
+  ]
+  tasks.personal(simulator, tasks.run(simulator, inputs, 1), inputs)
+  with simulation.Stopwatch() as watch:
+    for other in others:
+      tasks.personal(simulator, tasks.run(simulator, other, 3, chunk=2), other)
+  assert watch.read()["compilations"] == 0
+
+
+def test_functions_leave_their_arguments_alone(name):
+  """By the identity of tracers, so nothing is computed: a dict that is written into would show."""
+  inputs = tasks.inputs(name)
+  algorithm, _ = tasks.build(name, tasks.NUM_CLIENTS, inputs.settings)
+
+  def untouched(function, *arguments):
+    leaves, structure = jax.tree.flatten(arguments)
+    result = function(*arguments)
+    after, structure_after = jax.tree.flatten(arguments)
+    assert structure_after == structure
+    assert all(a is b for a, b in zip(after, leaves, strict=True))
+    return result
+
+  def everything(key, federation):
+    server = untouched(algorithm.init, key)
+    download = untouched(algorithm.download, server)
+    download = Download(download.shared, jax.tree.map(lambda x: x[0], download.own))
+    client = untouched(algorithm.init_client, download, key)
+    data = Data(federation.store, *(Span(s.start[0], s.size[0]) for s in (federation.train, federation.validation)))
+    zero = jnp.int32(0)
+    visit = Visit(zero, zero, zero, zero, jnp.float32(1.0), zero)
+    client, upload = untouched(algorithm.local_update, download, client, data, visit, key)
+    kept = jax.tree.map(lambda x: x[None], upload.kept)
+    one = jnp.zeros(1, jnp.int32)
+    received = Received(upload.update, upload.weight, kept, one, one == 0, one)
+    after = untouched(algorithm.aggregate, server, received, key)
+    model = untouched(algorithm.personalize, download, client, data, visit, key)
+    untouched(algorithm.predict, model, jnp.zeros((2, *tasks.IMAGE_SHAPE)))
+    untouched(algorithm.global_model, server)
+    assert jax.tree.structure(after) == jax.tree.structure(server)
+    return after
+
+  jax.eval_shape(everything, jax.random.key(0), inputs.federation)
+
+
+def test_keys_are_not_used_twice(name):
+  def reusing(seed):
+    key = jax.random.key(seed)
+    return jax.random.normal(key) + jax.random.uniform(key)
+
+  simulator, inputs = tasks.simulator(name), tasks.inputs(name)
+  state = jax.eval_shape(simulator.init, inputs)
+  rows = jnp.arange(tasks.NUM_CLIENTS)
+  with jax.debug_key_reuse(True):
+    with pytest.raises(jax.errors.KeyReuseError):
+      jax.jit(reusing).trace(0)
+    # In functions made here, since what was traced before is not looked at again.
+    jax.jit(lambda *args: simulator.init(*args)).trace(inputs)
+    jax.jit(lambda *args: simulator.advance(*args)).trace(state, inputs, jnp.int32(2))
+    jax.jit(lambda *args: simulator.score_personal(*args)).trace(state, inputs, rows, rows >= 0)
+
+
+def test_learns(name):
+  simulator, inputs = tasks.simulator(name), tasks.inputs(name)
+  state = tasks.run(simulator, inputs, 10)
+  accuracy = metrics.accuracy(tasks.personal(simulator, state, inputs).own)
+  assert accuracy.shape == (tasks.NUM_CLIENTS,)
+  assert accuracy.min() > 0.9
+  if simulator.has_global_model:
+    pooled = simulator.score_pooled(state, inputs, np.ones(tasks.NUM_CLASSES, bool))
+    assert metrics.accuracy(pooled) > 0.9
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_stays_finite(name, case):
+  simulator, inputs = tasks.simulator(name), HARD[case](tasks.inputs(name))
+  state = tasks.run(simulator, inputs, 5)
+  scores = tasks.personal(simulator, state, inputs)
+  tasks.assert_finite((state, scores))
+  np.testing.assert_array_equal(scores.own.sum((1, 2)), inputs.federation.test.size)
+
+
+def test_without_anybody_the_server_stays(name):
+  simulator, inputs = tasks.simulator(name), tasks.with_settings(tasks.inputs(name), drop_rates=[1.0, 0.0])
+  before = simulator.init(inputs)
+  after, happened = simulator.advance(simulator.init(inputs), inputs, np.int32(3))
+  tasks.assert_same(after.server, before.server)
+  tasks.assert_same((after.clients, after.times), (before.clients, before.times))
+  assert int(after.round) == 3
+  assert not np.any(happened.present) and not np.any(happened.arrived) and not np.any(happened.status)
+  tasks.assert_finite(tasks.personal(simulator, after, inputs))
+
+
+def test_a_client_that_never_took_part_is_personalised(name):
+  simulator, inputs = tasks.simulator(name), tasks.with_settings(tasks.inputs(name), drop_rates=[0.5, 0.0])
+  state = tasks.run(simulator, inputs, 5)
+  scores = tasks.personal(simulator, state, inputs)
+  never = np.asarray(state.times) == 0
+  assert never.sum() == 3
+  tasks.assert_finite(scores)
+  assert metrics.accuracy(scores.own)[never].min() > 0.5
+
+
+def test_a_population_of_one(name):
+  simulator, inputs = tasks.simulator(name, num_clients=1), tasks.inputs(name, num_clients=1)
+  state = tasks.run(simulator, inputs, 5)
+  scores = tasks.personal(simulator, state, inputs)
+  tasks.assert_finite((state, scores))
+  assert metrics.accuracy(scores.own)[0] > 0.9
+
+
+def test_vmap_is_sequential_to_rounding(name):
+  inputs = tasks.with_settings(tasks.inputs(name), drop_rates=[0.5, 0.0])  # with rows to mask
+  start = tasks.simulator(name).init
+  one, _ = tasks.simulator(name).advance(start(inputs), inputs, np.int32(1))
+  other, _ = tasks.simulator(name, how="vmap").advance(start(inputs), inputs, np.int32(1))
+  assert int(one.times.sum()) == 3
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), other, one)

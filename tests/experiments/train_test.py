@@ -1,0 +1,264 @@
+"""The main binary, as a person runs it: what it leaves, that it repeats and resumes to the bit, how it refuses."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+  "--dataset=fast",
+  "--model=mlp",
+  "--num_clients=6",
+  "--alpha=0.5",
+  "--drop_rate=0.5",
+  "--monopolistic_classes=1",
+  "--rounds=8",
+  "--eval_every=2",
+  "--checkpoint_every=2",
+  "--local_steps=5",
+  "--personal_steps=20",
+  "--pooled_examples=80",
+  "--progress=false",
+  "--ap_fl_friend_steps=10",
+  "--ap_fl_generator_steps=2",
+  "--ap_fl_generator_batch=20",
+  "--ap_fl_generator_warmup=1",
+  "--ap_fl_unseen_warmup=2",
+  "--ap_fl_synthetic_examples=32",
+)
+
+
+def command(*flags: str) -> list[str]:
+  return [sys.executable, "-m", "experiments.train", *flags]
+
+
+def train(*flags: str) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def numbers(workdir: Path) -> dict:
+  """All that the seed determines."""
+  summary = json.loads((workdir / "summary.json").read_text())
+  for name in ("seconds", "compile_seconds", "peak_memory_bytes"):
+    del summary[name]
+  with np.load(workdir / "arrays.npz") as file:
+    arrays = {name: file[name].tobytes() for name in file}
+  return {
+    "metrics": (workdir / "metrics.jsonl").read_bytes(),
+    "clients": (workdir / "clients.csv").read_bytes(),
+    "summary": summary,
+    "arrays": arrays,
+  }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "first"
+  result = train(f"--workdir={workdir}", *TINY)
+  assert result.returncode == 0, result.stderr
+  return workdir, result.stdout
+
+
+def test_a_run_leaves_all_that_the_design_lists(finished):
+  workdir, _ = finished
+  files = ("flags.txt", "metrics.jsonl", "timings.jsonl", "clients.csv", "summary.json", "report.html", "checkpoints")
+  assert all((workdir / name).exists() for name in files)
+  assert list(workdir.glob("*.png"))
+  assert not [path for path in workdir.iterdir() if path.name.startswith(".")]  # no temporary files
+  summary = json.loads((workdir / "summary.json").read_text())
+  wanted = {
+    "personal_accuracy": "mean weighted_mean std worst_decile dropped present monopolists",
+    "pooled_accuracy": "global_model personal_mean personal_dropped",
+    "unseen": "classes accuracy seen_accuracy harmonic_mean restricted_accuracy",
+    "cost": "local_flops generator_flops personalize_flops bytes_up bytes_down",
+  }
+  assert {"algorithm", "dataset", "num_clients", "rounds", "seed", "device", "versions", "commit"} <= set(summary)
+  for name, keys in wanted.items():
+    assert set(keys.split()) <= set(summary[name]), name
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [line["round"] for line in lines] == [2, 4, 6, 8]
+  assert lines[0]["personal_accuracy"] is None
+  assert lines[-1]["personal_accuracy"] == pytest.approx(summary["personal_accuracy"]["mean"])
+  assert all(line["present"] == line["arrived"] == 3 for line in lines)
+
+
+def test_the_clients_table_agrees_with_the_summary(finished):
+  workdir, _ = finished
+  rows = list(csv.DictReader((workdir / "clients.csv").open()))
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert len(rows) == 6
+  dropped = [row for row in rows if row["dropped"] == "1"]
+  assert len(dropped) == 3
+  assert all((row["rounds_present"] == "0") == (row["dropped"] == "1") for row in rows)
+  mean = lambda rows, name: sum(float(row[name]) for row in rows) / len(rows)
+  assert mean(rows, "personal_accuracy") == pytest.approx(summary["personal_accuracy"]["mean"])
+  assert mean(dropped, "personal_accuracy") == pytest.approx(summary["personal_accuracy"]["dropped"])
+  assert mean(dropped, "pooled_accuracy") == pytest.approx(summary["pooled_accuracy"]["personal_dropped"])
+  # A monopolistic class is held by dropped clients only, so the federation never saw it.
+  held = [{int(c) for c in row["classes"].split()} for row in rows]
+  here = set.union(*(h for h, row in zip(held, rows, strict=True) if row["dropped"] == "0"))
+  assert summary["monopolistic_classes"] == summary["unseen"]["classes"] == sorted(set.union(*held) - here)
+  assert len(summary["monopolistic_classes"]) >= 1
+
+
+def test_it_ends_with_the_table(finished):
+  _, output = finished
+  assert "global model" in output
+  assert "personal models (ap_fl)" in output
+  assert "report.html" in output
+
+
+def test_the_flagfile_repeats_the_run_to_the_bit(finished, tmp_path):
+  workdir, _ = finished
+  result = train(f"--flagfile={workdir}/flags.txt", f"--workdir={tmp_path}/again")
+  assert result.returncode == 0, result.stderr
+  assert numbers(tmp_path / "again") == numbers(workdir)
+
+
+def test_a_finished_run_is_left_as_it_is(finished):
+  workdir, output = finished
+  stamp = lambda: {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+  before = stamp()
+  result = train(f"--workdir={workdir}", *TINY)
+  assert result.returncode == 0, result.stderr
+  assert stamp() == before
+  assert result.stdout == output
+
+
+def kill_in_the_middle(workdir: Path, *flags: str) -> None:
+  """Starts a run and kills it after its first checkpoint and before its end."""
+  process = subprocess.Popen(
+    command(f"--workdir={workdir}", *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  )
+  try:
+    limit = time.monotonic() + 300
+    complete = lambda: [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    while not complete():
+      assert process.poll() is None, "ended before its first checkpoint"
+      assert time.monotonic() < limit
+      time.sleep(0.01)
+  finally:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  assert not (workdir / "summary.json").exists()
+
+
+def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path):
+  workdir, _ = finished
+  killed = tmp_path / "killed"
+  kill_in_the_middle(killed, *TINY)
+  result = train(f"--workdir={killed}", *TINY)
+  assert result.returncode == 0, result.stderr
+  assert numbers(killed) == numbers(workdir)
+
+
+@pytest.mark.slow
+def test_the_default_run_killed_repeated_and_judged(tmp_path):
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  assert train(f"--workdir={whole}").returncode == 0
+  kill_in_the_middle(killed)
+  assert train(f"--workdir={killed}").returncode == 0
+  assert numbers(killed) == numbers(whole)
+  summary = json.loads((whole / "summary.json").read_text())
+  assert summary["personal_accuracy"]["dropped"] >= summary["global_accuracy"]["dropped"] + 0.2
+
+
+BAD = {
+  ("--algorithm=fedavgg",): ("algorithm", "'fedavgg'", "fedavg_ft"),
+  ("--dataset=nope",): ("nope", "digits"),
+  ("--dataset=mnist", "--data_dir=/nowhere"): ("data_dir", "/nowhere"),
+  ("--dataset=mnist", "--data_dir={tmp}"): ("mnist", "prepare"),
+  ("--alpha=0",): ("alpha", "0.0", "above 0"),
+  ("--alpha=-1",): ("alpha", "-1.0", "above 0"),
+  ("--alpha=nan",): ("alpha", "nan", "above 0"),
+  ("--alpha=much",): ("alpha", "'much'", "a number"),
+  ("--rounds=0",): ("rounds", "0", "1 or more"),
+  ("--rounds=2.5",): ("rounds", "'2.5'", "whole number"),
+  ("--num_clients=100000",): ("100000",),
+  ("--drop_rate=1.2",): ("drop_rate", "'1.2'", "0 to 1"),
+  ("--drop_rate=-0.1",): ("drop_rate", "'-0.1'", "0 to 1"),
+  ("--drop_rate=1",): ("drop_rate", "none of the 10 clients"),
+  ("--dropout=none",): ("monopolistic_classes", "accepted is 0"),
+  ("--dropout=warm",): ("dropout", "'warm'", "bernoulli"),
+  ("--dropout=cold,bernoulli", "--drop_rate=.1,.2,.3"): ("drop_rate", "3 rates for 2"),
+  ("--monopolistic_classes=10",): ("monopolistic_classes", "10"),
+  ("--cohort_size=11",): ("cohort_size", "11"),
+  ("--partition=pathological", "--classes_per_client=11"): ("classes_per_client", "11"),
+  ("--model=resnet",): ("model", "'resnet'", "cnn_small"),
+  ("--dataset=fast", "--model=cnn", "--embeddings=clip"): ("embeddings", "'clip'", "onehot"),
+  ("--client_map=vmap:0",): ("client_map", "'vmap:0'", "vmap:CHUNK"),
+  ("--ap_fl_friend_steps=201",): ("ap_fl_friend_steps", "201"),
+  ("--ap_fl_interpolation=magic",): ("ap_fl_interpolation", "'magic'", "grid"),
+  ("--no_such_flag=1",): ("no_such_flag",),
+  ("digits",): ("digits", "not a flag"),
+  ("--workdir={other}",): ("workdir", "another run"),
+  ("--workdir={tmp}/file",): ("workdir", "is a file"),
+  ("--workdir={full}",): ("workdir", "not empty"),
+}
+
+
+def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(finished, tmp_path):
+  (tmp_path / "file").write_text("")
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "thesis.tex").write_text("")
+  names = {"{tmp}": str(tmp_path), "{other}": str(finished[0]), "{full}": str(tmp_path / "full")}
+  cases = []
+  for flags in BAD:
+    for name, value in names.items():
+      flags = tuple(flag.replace(name, value) for flag in flags)
+    place = () if any("--workdir" in flag for flag in flags) else (f"--workdir={tmp_path}/new",)
+    cases.append([*place, *flags])
+  # All in one process: starting one for each would take minutes.
+  code = """
+import contextlib, io, json, sys
+from absl import flags
+from experiments import config, train
+config.define_flags()
+answers = []
+for case in json.load(sys.stdin):
+  for name in flags.FLAGS:
+    flags.FLAGS[name].unparse()
+  sys.argv = ["train", *case]
+  code, text = 0, io.StringIO()
+  with contextlib.redirect_stderr(text):
+    try:
+      config.main(train.main)
+    except SystemExit as end:
+      code = end.code
+  answers.append([code, text.getvalue()])
+print(json.dumps(answers))
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, input=json.dumps(cases), capture_output=True, text=True, check=False
+  )
+  assert result.returncode == 0, result.stderr
+  answers = json.loads(result.stdout.splitlines()[-1])
+  for flags, wanted, (exit_code, text) in zip(BAD, BAD.values(), answers, strict=True):
+    assert exit_code == 2, (flags, exit_code, text)
+    assert len(text.splitlines()) == 1, (flags, text)
+    assert all(word in text for word in wanted), (flags, text)
+  assert not (tmp_path / "new").exists()
+
+
+def test_help_lists_the_methods():
+  result = train("--algorithm=help")
+  assert result.returncode == 0
+  assert {"ap_fl", "fedavg", "fedavg_ft", "local"} <= {line.split()[0] for line in result.stdout.splitlines()}
+
+
+def test_it_runs_where_matplotlib_is_missing(tmp_path):
+  (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('no plots here', name='matplotlib')")
+  environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+  flags = (f"--workdir={tmp_path}/run", *TINY, "--algorithm=fedavg", "--rounds=2")
+  result = subprocess.run(command(*flags), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr
+  assert "apfl_jax[report]" in result.stderr
+  assert (tmp_path / "run" / "summary.json").is_file()

@@ -1,0 +1,131 @@
+"""The `fast` task among a few clients, with any method of the registry: what the tests of whole rounds share."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apfl_jax import algorithms, data, nn, population, semantics, simulation
+from apfl_jax.simulation import Inputs, RoundMetrics, Scores, Simulator
+from apfl_jax.types import Algorithm, LocalSGD, Process, PyTree, State, Task
+
+NUM_CLIENTS, COHORT_SIZE, CHUNK = 6, 4, 5
+NUM_CLASSES, IMAGE_SHAPE = 4, (4, 4, 1)
+BATCH_SIZE, STEPS, LEARNING_RATE = 16, 5, 0.1
+
+# What a method needs changed to compile and run quickly; one that is not here is taken as it comes.
+_SMALL: dict[str, dict[str, Any]] = {
+  "ap_fl": {
+    "generator_steps": 2,
+    "generator_batch": 20,
+    "generator_warmup": 1,
+    "unseen_warmup": 2,
+    "friend_steps": 10,
+    "synthetic_examples": 16,
+    "grid_points": 2,
+  }
+}
+
+
+def _method_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The settings of a method: floats, which are traced, and the others."""
+  values = {key: parameter.default for key, parameter in algorithms.settings(name).items()} | _SMALL.get(name, {})
+  traced = {key: value for key, value in values.items() if isinstance(value, float)}
+  return traced, {key: value for key, value in values.items() if key not in traced}
+
+
+def build(name: str, num_clients: int, settings: PyTree) -> tuple[Algorithm, Process]:
+  """A method on the multilayer perceptron; some clients never come and uploads get lost, at `drop_rates`."""
+  embeddings = settings["embeddings"]
+  head = "free" if algorithms.METHODS[name].head == "free" else "anchored"
+  model = nn.classifier("mlp", IMAGE_SHAPE, NUM_CLASSES, head=head, embeddings=embeddings)
+  sgd = LocalSGD(
+    learning_rate=settings["learning_rate"],
+    batch_size=BATCH_SIZE,
+    epochs=1,
+    steps=STEPS,
+    personal_steps=20,
+    weighting="examples",
+    augment="none",
+  )
+  task = Task(num_clients, NUM_CLASSES, IMAGE_SHAPE, embeddings, model, sgd)
+  algorithm = algorithms.METHODS[name].make(task, **_method_settings(name)[1], **settings["method"])
+  return algorithm, population.make(("cold", "bernoulli"), num_clients, settings["drop_rates"])
+
+
+@functools.cache
+def inputs(name: str, num_clients: int = NUM_CLIENTS) -> Inputs:
+  """Seed 0, nobody drops, classes shared out unevenly, 40 examples a client at least."""
+  dataset = data.load("fast")
+  rng = np.random.default_rng(0)
+  partition = data.partition.dirichlet(dataset.labels, num_clients, rng=rng, alpha=0.5, min_size=40)
+  federation, pooled = data.build(dataset, partition, rng=rng, pooled_examples=64)
+  settings = {
+    "learning_rate": np.float32(LEARNING_RATE),
+    "drop_rates": np.zeros(2, np.float32),
+    "embeddings": semantics.embeddings("onehot", dataset.class_names, dataset.name, rng=rng),
+    "method": {key: np.float32(value) for key, value in _method_settings(name)[0].items()},
+  }
+  return jax.tree.map(jnp.asarray, Inputs(np.uint32(0), federation, pooled, settings))
+
+
+def with_settings(inputs: Inputs, **settings: Any) -> Inputs:
+  """The inputs with other settings."""
+  return inputs._replace(settings=inputs.settings | {key: jnp.float32(value) for key, value in settings.items()})
+
+
+@functools.cache
+def simulator(
+  name: str, num_clients: int = NUM_CLIENTS, cohort_size: int = COHORT_SIZE, how: str = "sequential"
+) -> Simulator:
+  """The same one for all tests that ask for the same: compiling is what takes time."""
+  return simulation.simulator(
+    functools.partial(build, name, num_clients),
+    inputs(name, num_clients),
+    NUM_CLASSES,
+    population_size=num_clients,
+    cohort_size=min(cohort_size, num_clients),
+    chunk=CHUNK,
+    how=how,
+  )
+
+
+def run(simulator: Simulator, inputs: Inputs, rounds: int, chunk: int = CHUNK) -> State:
+  """The state after some rounds."""
+  state = simulator.init(inputs)
+  for start in range(0, rounds, chunk):
+    state, _ = simulator.advance(state, inputs, np.int32(min(chunk, rounds - start)))
+  return state
+
+
+def each_round(simulator: Simulator, inputs: Inputs, rounds: int) -> Iterator[tuple[State, RoundMetrics]]:
+  """The state after each round, in host memory, and what happened in it."""
+  state = simulator.init(inputs)
+  for _ in range(rounds):
+    state, metrics = simulator.advance(state, inputs, np.int32(1))
+    yield on_host(state), jax.tree.map(lambda x: np.asarray(x)[0], metrics)
+
+
+def personal(simulator: Simulator, state: State, inputs: Inputs) -> Scores:
+  """All clients' personal models, scored."""
+  rows = inputs.federation.id.shape[0]
+  return simulator.score_personal(state, inputs, np.arange(rows, dtype=np.int32), np.ones(rows, bool))
+
+
+def on_host(tree: PyTree) -> PyTree:
+  """A copy that outlives the donation of the original."""
+  return jax.tree.map(np.array, tree)
+
+
+def assert_same(actual: PyTree, expected: PyTree) -> None:
+  """To the bit."""
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def assert_finite(tree: PyTree) -> None:
+  """Every number in it."""
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
