@@ -1,7 +1,7 @@
 """The `fast` task among a few clients, with any method of the registry: what the tests of whole rounds share."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 
 from apfl_jax import algorithms, data, nn, population, semantics, simulation
 from apfl_jax.simulation import Inputs, RoundMetrics, Scores, Simulator
-from apfl_jax.types import Algorithm, LocalSGD, Process, PyTree, State, Task
+from apfl_jax.types import Algorithm, LocalSGD, Process, PyTree, Span, State, Task
 
 NUM_CLIENTS, COHORT_SIZE, CHUNK = 6, 4, 5
 NUM_CLASSES, IMAGE_SHAPE = 4, (4, 4, 1)
@@ -63,18 +63,28 @@ def inputs(name: str, num_clients: int = NUM_CLIENTS) -> Inputs:
   rng = np.random.default_rng(0)
   partition = data.partition.dirichlet(dataset.labels, num_clients, rng=rng, alpha=0.5, min_size=40)
   federation, pooled = data.build(dataset, partition, rng=rng, pooled_examples=64)
-  settings = {
+  settings: PyTree = {
     "learning_rate": np.float32(LEARNING_RATE),
     "drop_rates": np.zeros(2, np.float32),
     "embeddings": semantics.embeddings("onehot", dataset.class_names, dataset.name, rng=rng),
     "method": {key: np.float32(value) for key, value in _method_settings(name)[0].items()},
   }
-  return jax.tree.map(jnp.asarray, Inputs(np.uint32(0), federation, pooled, settings))
+  return Inputs(jnp.uint32(0), *jax.tree.map(jnp.asarray, (federation, pooled, settings)))
 
 
 def with_settings(inputs: Inputs, **settings: Any) -> Inputs:
   """The inputs with other settings."""
   return inputs._replace(settings=inputs.settings | {key: jnp.float32(value) for key, value in settings.items()})
+
+
+def with_sizes(inputs: Inputs, **sizes: Sequence[int]) -> Inputs:
+  """The inputs with the first clients' spans cut to these sizes, e.g. `train=[1, 0]`."""
+  federation = inputs.federation
+  for part, values in sizes.items():
+    span = getattr(federation, part)
+    cut: Any = Span(span.start, span.size.at[: len(values)].set(jnp.int32(values)))
+    federation = federation._replace(**{part: cut})
+  return inputs._replace(federation=federation)
 
 
 @functools.cache
@@ -97,7 +107,7 @@ def run(simulator: Simulator, inputs: Inputs, rounds: int, chunk: int = CHUNK) -
   """The state after some rounds."""
   state = simulator.init(inputs)
   for start in range(0, rounds, chunk):
-    state, _ = simulator.advance(state, inputs, np.int32(min(chunk, rounds - start)))
+    state, _ = simulator.advance(state, inputs, jnp.int32(min(chunk, rounds - start)))
   return state
 
 
@@ -105,14 +115,14 @@ def each_round(simulator: Simulator, inputs: Inputs, rounds: int) -> Iterator[tu
   """The state after each round, in host memory, and what happened in it."""
   state = simulator.init(inputs)
   for _ in range(rounds):
-    state, metrics = simulator.advance(state, inputs, np.int32(1))
+    state, metrics = simulator.advance(state, inputs, jnp.int32(1))
     yield on_host(state), jax.tree.map(lambda x: np.asarray(x)[0], metrics)
 
 
 def personal(simulator: Simulator, state: State, inputs: Inputs) -> Scores:
   """All clients' personal models, scored."""
   rows = inputs.federation.id.shape[0]
-  return simulator.score_personal(state, inputs, np.arange(rows, dtype=np.int32), np.ones(rows, bool))
+  return simulator.score_personal(state, inputs, jnp.arange(rows), jnp.ones(rows, bool))
 
 
 def on_host(tree: PyTree) -> PyTree:

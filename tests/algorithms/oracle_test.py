@@ -1,6 +1,7 @@
 """FedAvg against FedAvg: one hidden layer, forward and backward by hand, in NumPy and float64."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,12 +13,12 @@ from tests import tasks
 def _draw(federation, seed, round, id, row):
   """int32 [S, B] example numbers of a client's round, and mask [S, B]: labels that number examples tell which."""
   many = len(federation.store.labels)
-  store = federation.store._replace(labels=np.arange(many, dtype=np.int32))
+  store = federation.store._replace(labels=jnp.arange(many))
   span = jax.tree.map(lambda x: x[row], federation.train)
   # The first half is for the order, the second for augmentation: see `training.sgd.batches`.
   key, _ = jax.random.split(random.key(seed, random.Purpose.LOCAL_UPDATE, round, id))
   one = lambda step: training.draw(store, span, step, tasks.BATCH_SIZE, many, key)
-  batches = jax.lax.map(one, np.arange(tasks.STEPS))
+  batches = jax.lax.map(one, jnp.arange(tasks.STEPS))
   return batches.targets.argmax(-1), batches.mask
 
 
@@ -52,9 +53,9 @@ def _distance(weights, state):
 
 @pytest.mark.parametrize("how", ["sequential", "vmap"])
 def test_fedavg_is_fedavg(how):
-  inputs, simulator = tasks.inputs("fedavg"), tasks.simulator("fedavg", how=how)
+  # One client is done with an epoch after four steps, the last of two examples; one has less than a batch.
+  inputs, simulator = tasks.with_sizes(tasks.inputs("fedavg"), train=[50, 7]), tasks.simulator("fedavg", how=how)
   federation, sizes = tasks.on_host(inputs.federation), np.asarray(inputs.federation.train.size)
-  assert len(set(sizes)) > 3 and sizes.min() < tasks.STEPS * tasks.BATCH_SIZE < sizes.max()  # weights and epochs matter
   weights = _weights(simulator.init(inputs).server)
   start = weights
   for round, (state, metrics) in enumerate(tasks.each_round(simulator, inputs, 20)):
@@ -62,7 +63,7 @@ def test_fedavg_is_fedavg(how):
     trained = [_sgd(weights, federation, 0, round, id, id) for id in metrics.ids]
     share = sizes[metrics.ids] / sizes[metrics.ids].sum()
     weights = tuple(sum(s * w for s, w in zip(share, layer, strict=True)) for layer in zip(*trained, strict=True))
-    assert _distance(weights, state) < (1e-5 if round == 0 else 1e-3)
+    assert _distance(weights, state) < (1e-5 if round == 0 else 1e-4)
   assert _distance(start, state) > 0.05  # it did move
 
 
@@ -72,5 +73,4 @@ def test_a_population_of_one_is_plain_sgd():
   weights = _weights(simulator.init(inputs).server)
   for round, (state, _) in enumerate(tasks.each_round(simulator, inputs, 20)):
     weights = _sgd(weights, federation, 0, round, 0, 0)
-    assert _distance(weights, state) < (1e-5 if round == 0 else 1e-3)
-  print("DIST", _distance(weights, state))
+    assert _distance(weights, state) < (1e-5 if round == 0 else 1e-4)

@@ -98,13 +98,12 @@ def _as_said(settings: PyTree) -> Process:
 
 
 def _inputs(**settings: Any) -> simulation.Inputs:
-  store = Store(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, np.int32), np.zeros(SIZES.sum(), np.int32))
-  span = Span(np.zeros(N, np.int32), np.int32(SIZES[ORDER]))
-  federation = Federation(store, np.int32(ORDER), span, span, span)
+  blank = Store(jnp.zeros((1, 2, 2, 1), jnp.uint8), jnp.zeros(1, jnp.int32), jnp.zeros(SIZES.sum(), jnp.int32))
+  span = Span(jnp.zeros(N, jnp.int32), jnp.asarray(SIZES[ORDER], jnp.int32))
+  federation = Federation(blank, jnp.asarray(ORDER, jnp.int32), span, span, span)
   said = {"present": np.ones(N), "arrives": np.ones(N), "delay": np.zeros(N), "poison": np.zeros(3)} | settings
-  dtypes = {"present": np.int32, "arrives": np.int32, "delay": np.int32, "poison": np.float32}
-  said = {name: np.asarray(value, dtypes[name]) for name, value in said.items()}
-  return jax.tree.map(jnp.asarray, simulation.Inputs(np.uint32(3), federation, Span(np.int32(0), np.int32(1)), said))
+  traced = {name: jnp.asarray(value, jnp.float32 if name == "poison" else jnp.int32) for name, value in said.items()}
+  return simulation.Inputs(jnp.uint32(3), federation, Span(jnp.int32(0), jnp.int32(1)), traced)
 
 
 @functools.cache
@@ -148,7 +147,7 @@ def test_weighted_sums_and_what_clients_are_told():
     _check_sums(received, set(range(N)))
     assert (metrics.present, metrics.arrived) == (N, N)
     assert _status(metrics) == dict.fromkeys(range(N), 2)
-    expected = {
+    expected: dict[str, Any] = {
       "number": IDS,
       "own": 7 * IDS,
       "size": SIZES,
@@ -225,9 +224,9 @@ def test_late_clients_see_old_versions():
 def test_a_first_visit_starts_from_the_download_that_the_client_saw():
   inputs, late = _inputs(present=IDS != 3), _inputs(delay=2 * (IDS == 3))
   simulator = _simulator()
-  state, _ = simulator.advance(simulator.init(inputs), inputs, np.int32(2))
-  state, _ = simulator.advance(state, inputs, np.int32(2))
-  state, _ = simulator.advance(state, late, np.int32(2))
+  state, _ = simulator.advance(simulator.init(inputs), inputs, jnp.int32(2))
+  state, _ = simulator.advance(state, inputs, jnp.int32(2))
+  state, _ = simulator.advance(state, late, jnp.int32(2))
   row = int(np.flatnonzero(ORDER == 3)[0])
   assert (int(state.clients.first[row]), int(state.clients.visits[row])) == (2, 2)  # in round 4, two rounds late
   assert _by_id(tasks.on_host(state.server.received), "first") == {i: 2 * (i == 3) for i in range(N)}
@@ -237,7 +236,7 @@ def test_the_state_passed_is_given_up():
   inputs, simulator = _inputs(), _simulator()
   before = simulator.init(inputs)
   leaves = jax.tree.leaves(before)
-  after, _ = simulator.advance(before, inputs, np.int32(1))
+  after, _ = simulator.advance(before, inputs, jnp.int32(1))
   assert leaves and all(leaf.is_deleted() for leaf in leaves)
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, inputs)))
 
@@ -262,7 +261,7 @@ def test_a_client_does_not_depend_on_the_others(how):
   simulator, inputs = tasks.simulator("local", how=how), tasks.inputs("local")
   init = tasks.simulator("local").init
   few = tasks.with_settings(inputs, drop_rates=[0.5, 0.0])
-  (one, _), (other, _) = (simulator.advance(init(i), i, np.int32(1)) for i in (inputs, few))
+  (one, _), (other, _) = (simulator.advance(init(i), i, jnp.int32(1)) for i in (inputs, few))
   both = np.flatnonzero((np.asarray(one.times) == 1) & (np.asarray(other.times) == 1))
   assert both.size and int(one.times.sum()) == 4 and int(other.times.sum()) == 3
   tolerance = 0.0 if how == "sequential" else 1e-6

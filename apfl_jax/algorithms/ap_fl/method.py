@@ -169,9 +169,8 @@ def ap_fl(
   # --- rounds ---------------------------------------------------------------------------------------------------------
 
   def init(key):
-    model_key, generator_key = jax.random.split(key)
-    params = model.init(model_key)
-    weights = generator.init(generator_key)
+    params = model.init(key)  # every method's model starts alike under one seed
+    weights = generator.init(jax.random.fold_in(key, 1))
     statistics: tuple[Moments, ...] = ()
     if layer_statistics:
       blank = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
