@@ -161,10 +161,10 @@ def ap_fl(
   held_out = max(1, synthetic_examples // 4)
 
   def own_classes(shared, data):
-    """The client's label histogram, the classes that it can answer with, and those of its softmax; [C] each."""
+    """The client's label histogram, the classes that it can answer with, and those of its softmax (None for all)."""
     histogram = training.label_histogram(data.store, data.train, num_classes)
     classes = shared.seen | (histogram > 0)
-    return histogram, classes, classes if mask_softmax else jnp.ones_like(classes)
+    return histogram, classes, classes if mask_softmax else None
 
   # --- rounds ---------------------------------------------------------------------------------------------------------
 
