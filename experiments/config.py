@@ -29,7 +29,7 @@ def _setting(default: Any, help: str, **limits: Any) -> Any:
 class Config:
   """The settings of one run; the defaults are the main job: AP-FL on digits, most clients gone, two classes lost."""
 
-  algorithm: str = _setting("ap_fl", "method; `help` lists them", choices=tuple(algorithms.METHODS))
+  algorithm: str = _setting("ap_fl", "method; `help` lists them", choices=algorithms.METHODS)
   dataset: str = _setting("digits", "digits, fast, or a prepared image-classification set of tensorflow-datasets")
   data_dir: str = _setting("", "folder of prepared tensorflow-datasets; empty for their default")
   num_clients: int = _setting(10, "clients in the population", least=1)

@@ -66,12 +66,10 @@ class Scores(NamedTuple):
   Attributes:
     own: int32 [R, C, C], confusion matrices on each client's own test examples.
     pooled: int32 [R, C, C], on the pooled test examples.
-    own_loss: float32 [R], summed cross-entropy on the own test examples.
   """
 
   own: Array
   pooled: Array
-  own_loss: Array
 
 
 class Simulator(NamedTuple):
@@ -227,8 +225,10 @@ def simulator(
     predict: Callable[[Any, Array], Any], federation: Federation, pooled: Span, model: PyTree, row: Array
   ) -> Scores:
     answer = partial(predict, model)
-    own = evaluate(answer, federation.store, _at(federation.test, row), num_classes)
-    return Scores(own.confusion, evaluate(answer, federation.store, pooled, num_classes).confusion, own.loss)
+    own, others = (
+      evaluate(answer, federation.store, span, num_classes).confusion for span in (_at(federation.test, row), pooled)
+    )
+    return Scores(own, others)
 
   @jax.jit
   def score_global(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:

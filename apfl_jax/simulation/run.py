@@ -168,10 +168,6 @@ def _line(
     line[f"{name}_accuracy"] = mean(each)
     line[f"{name}_accuracy_dropped"] = mean(each[dropped])
     line[f"{name}_accuracy_present"] = mean(each[~dropped])
-    if scores is not None:
-      line[f"{name}_loss"] = float(np.sum(scores.own_loss) / max(int(np.sum(scores.own)), 1))
-    else:
-      line[f"{name}_loss"] = None
   line["pooled_accuracy"] = mean(np.array([pooled]))
   line["personal_pooled_accuracy"] = None if own is None else mean(metrics.accuracy(own.pooled))
   return line

@@ -1,0 +1,42 @@
+"""What the README says is true: its Python runs, its table is the registry, its example is short."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from apfl_jax import algorithms
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_python_examples_run(number, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  registered = dict(algorithms.METHODS)
+  try:
+    exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})
+  finally:
+    algorithms.METHODS.clear()
+    algorithms.METHODS.update(registered)
+  assert list(tmp_path.glob("runs/*/summary.json"))
+
+
+def test_the_example_of_a_method_is_short():
+  method = next(text for text in EXAMPLES if "def q_fedavg" in text)
+  assert len([line for line in method.splitlines() if line.strip()]) < 40
+
+
+def test_the_table_is_the_registry():
+  rows = re.findall(r"^\| `(\w+)` \| (.*?) \| \[.*?\]\((.*?)\) \| (.*?) \|$", TEXT, re.MULTILINE)
+  assert {(name, paper, keeps) for name, paper, _, keeps in rows} == {
+    (name, method.paper, method.keeps) for name, method in algorithms.METHODS.items()
+  }
+  assert all((ROOT / path).exists() for _, _, path, _ in rows)
+
+
+def test_links_lead_somewhere():
+  for path in re.findall(r"\]\(((?!http)[^)#]+)\)", TEXT):
+    assert (ROOT / path).exists(), path
