@@ -28,6 +28,7 @@ class Purpose(enum.IntEnum):
   REPORT = 8
   PARTITION = 9
   SPLIT = 10
+  POPULATION_START = 11
 
 
 def key(seed: Array | int, purpose: Purpose, *data: Array | int) -> Key:

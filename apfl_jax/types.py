@@ -80,7 +80,7 @@ class Visit(NamedTuple):
     id: int32, for keys and for a server's tables; a method does not branch on it.
     round: int32, the round in which its upload is due.
     times: int32, rounds it took part in before this one.
-    staleness: int32, how many server versions old its download is.
+    staleness: int32, how many rounds ago it downloaded.
     work: float32 in (0, 1], the share of its steps that it does.
     wait: int32, idle local steps while the server is late.
   """

@@ -116,7 +116,7 @@ def make(names: Sequence[str], num_clients: int, rates: Array) -> Process:
 
 def start(process: Process, seed: Array | int) -> PyTree:
   """The process's state before round 0."""
-  return process.init(random.key(seed, random.Purpose.POPULATION))
+  return process.init(random.key(seed, random.Purpose.POPULATION_START))
 
 
 def step(process: Process, state: PyTree, round: Array, seed: Array | int) -> PyTree:

@@ -60,10 +60,37 @@ def test_compiles_once(name):
   assert watch.read()["compilations"] == 0
 
 
-def test_functions_leave_their_arguments_alone(name):
-  """By the identity of tracers, so nothing is computed: a dict that is written into would show."""
+def _trace(name, call):
+  """Every function of a method, traced in the order of a round; the shapes of the server before and after it.
+
+  `call(function, *arguments)` is what calls them.
+  """
   inputs = tasks.inputs(name)
   algorithm, _ = tasks.build(name, tasks.NUM_CLIENTS, inputs.settings)
+
+  def everything(federation, *keys):
+    server = call(algorithm.init, keys[0])
+    download = call(algorithm.download, server)
+    download = Download(download.shared, jax.tree.map(lambda x: x[0], download.own))
+    client = call(algorithm.init_client, download, keys[1])
+    data = Data(federation.store, *(Span(s.start[0], s.size[0]) for s in (federation.train, federation.validation)))
+    zero = jnp.int32(0)
+    visit = Visit(zero, zero, zero, zero, jnp.float32(1.0), zero)
+    client, upload = call(algorithm.local_update, download, client, data, visit, keys[2])
+    kept = jax.tree.map(lambda x: x[None], upload.kept)
+    one = jnp.zeros(1, jnp.int32)
+    received = Received(upload.update, upload.weight, kept, one, one == 0, one)
+    after = call(algorithm.aggregate, server, received, keys[3])
+    model = call(algorithm.personalize, download, client, data, visit, keys[4])
+    call(algorithm.predict, model, jnp.zeros((2, *tasks.IMAGE_SHAPE)))
+    call(algorithm.global_model, server)
+    return server, after
+
+  return jax.eval_shape(everything, inputs.federation, *jax.random.split(jax.random.key(0), 5))
+
+
+def test_functions_leave_their_arguments_alone(name):
+  """By the identity of tracers: a dict that is written into would show."""
 
   def untouched(function, *arguments):
     seen = lambda: [(path, id(leaf)) for path, leaf in jax.tree.leaves_with_path(arguments)]
@@ -72,26 +99,37 @@ def test_functions_leave_their_arguments_alone(name):
     assert seen() == before
     return result
 
-  def everything(key, federation):
-    server = untouched(algorithm.init, key)
-    download = untouched(algorithm.download, server)
-    download = Download(download.shared, jax.tree.map(lambda x: x[0], download.own))
-    client = untouched(algorithm.init_client, download, key)
-    data = Data(federation.store, *(Span(s.start[0], s.size[0]) for s in (federation.train, federation.validation)))
-    zero = jnp.int32(0)
-    visit = Visit(zero, zero, zero, zero, jnp.float32(1.0), zero)
-    client, upload = untouched(algorithm.local_update, download, client, data, visit, key)
-    kept = jax.tree.map(lambda x: x[None], upload.kept)
-    one = jnp.zeros(1, jnp.int32)
-    received = Received(upload.update, upload.weight, kept, one, one == 0, one)
-    after = untouched(algorithm.aggregate, server, received, key)
-    model = untouched(algorithm.personalize, download, client, data, visit, key)
-    untouched(algorithm.predict, model, jnp.zeros((2, *tasks.IMAGE_SHAPE)))
-    untouched(algorithm.global_model, server)
-    return server, after
+  server, after = _trace(name, untouched)
+  assert after == server
 
-  server, after = jax.eval_shape(everything, jax.random.key(0), inputs.federation)
-  assert after == server  # shapes and types
+
+def test_keys_from_folding_are_not_keys_from_splitting(name, monkeypatch):
+  """`split(key, n)[i]` is `fold_in(key, i)` for i < n, which JAX's own check does not know."""
+  key = jax.random.key(1)
+  np.testing.assert_array_equal(
+    jax.random.key_data(jax.random.split(key)[1]), jax.random.key_data(jax.random.fold_in(key, 1))
+  )
+  splits, folds = [], []  # (key, how many parts), (key, number); keys are told apart by their identity
+  split, fold_in = jax.random.split, jax.random.fold_in
+
+  def recorded_split(key, num=2):
+    splits.append((key, num))
+    return split(key, num)
+
+  def recorded_fold_in(key, data):
+    folds.append((key, data))
+    return fold_in(key, data)
+
+  monkeypatch.setattr(jax.random, "split", recorded_split)
+  monkeypatch.setattr(jax.random, "fold_in", recorded_fold_in)
+  _trace(name, lambda function, *arguments: function(*arguments))
+  clashes = [
+    (parts, number)
+    for split_key, parts in splits
+    for folded_key, number in folds
+    if split_key is folded_key and not (isinstance(number, int) and number >= parts)
+  ]
+  assert splits and not clashes
 
 
 def test_keys_are_not_used_twice(name):

@@ -1,5 +1,7 @@
 """Availability processes: counts, binomial bounds, and answers that do not depend on who else is asked about."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,13 +9,13 @@ import pytest
 from scipy import stats
 
 from apfl_jax import population
-from apfl_jax.types import Availability, Process
+from apfl_jax.types import Array, Availability, Process
 
 N, ROUNDS = 200, 60
 UNLIKELY = 1e-6  # seeds are fixed, so a sound process passes always
 
 
-def available(ids, **fields) -> Availability:
+def available(ids: Array | np.ndarray, **fields: Any) -> Availability:
   shape = jnp.shape(ids)
   nothing = Availability(
     present=jnp.ones(shape, bool),
@@ -27,10 +29,11 @@ def available(ids, **fields) -> Availability:
 
 
 def leaving() -> Process:
-  """After r steps the clients 0 to r // 2 - 1 have left for good."""
+  """Every second round a client leaves for good, 0 in round 2, as told by the round and by the steps counted."""
 
   def look(state, round, ids, key):
-    return available(ids, present=ids >= state // 2, gone=ids < state // 2)
+    left = (state + round) // 4
+    return available(ids, present=ids >= left, gone=ids < left)
 
   return Process(lambda key: jnp.int32(0), lambda state, round, key: state + 1, look)
 
@@ -147,12 +150,12 @@ def test_chain_composes():
     state = population.step(process, state, jnp.int32(round), 0)
   got = population.look(process, state, jnp.int32(3), jnp.arange(8), 0)
   i = np.arange(8)
-  np.testing.assert_array_equal(got.present, (i % 2 == 1) & (i < 4) & (i >= 2))
+  np.testing.assert_array_equal(got.present, (i % 2 == 1) & (i < 4) & (i >= 1))
   np.testing.assert_array_equal(got.arrives, (i < 4) & (i % 2 == 1))
   np.testing.assert_array_equal(got.delay, i + 2)
   np.testing.assert_array_equal(got.work, np.full(8, 0.125))
   np.testing.assert_array_equal(got.speed, np.full(8, 6.0))
-  np.testing.assert_array_equal(got.gone, (i % 2 == 0) | (i >= 4) | (i < 2))
+  np.testing.assert_array_equal(got.gone, (i % 2 == 0) | (i >= 4) | (i < 1))
 
 
 def test_chained_processes_draw_apart():

@@ -36,7 +36,7 @@ def by_hand(shared, rows, ok):
   return {"vector": vector, "count": int(np.sum(ok))}, tuple(np.stack(x) for x in zip(*outputs, strict=True))
 
 
-def problem(count: int, seed: int = 0):
+def problem(count, seed=0):
   """(shared, rows, ok); about a third is absent, and what an absent client would compute is not a number."""
   rng = np.random.default_rng(seed)
   ok = rng.random(count) < 0.7

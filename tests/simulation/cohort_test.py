@@ -1,5 +1,7 @@
 """Cohorts against looking at the whole population along the whole permutation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,12 @@ from scipy import stats
 
 from apfl_jax import population, random
 from apfl_jax.simulation.cohort import draw_cohort
-from apfl_jax.types import Process
+from apfl_jax.types import Array, Process
 
 N, ROUNDS = 50, 40
 
 
-def flickering(rate) -> Process:
+def flickering(rate: Array | float) -> Process:
   """Each client is absent with probability `rate`, independently in every round."""
   everyone = population.everyone()
 
@@ -30,9 +32,9 @@ PRESENCE = {"cold": lambda size, rate: population.cold(size, rate), "flickering"
 @pytest.fixture(scope="module")
 def drawn():
   """(name, N, K, rate, seed) -> (ids [ROUNDS, K], ok [ROUNDS, K]) and all that decides them, (order, present)."""
-  compiled = {}
 
-  def draw(name, size, count, rate, seed=0):
+  @functools.cache
+  def compiled(name, size, count):
     @jax.jit
     def rounds(rate, seed):
       process = PRESENCE[name](size, rate)
@@ -46,8 +48,10 @@ def drawn():
 
       return jax.lax.map(one, jnp.arange(ROUNDS))
 
-    function = compiled.setdefault((name, size, count), rounds)
-    return jax.tree.map(np.asarray, function(jnp.float32(rate), jnp.uint32(seed)))
+    return rounds
+
+  def draw(name, size, count, rate, seed=0):
+    return jax.tree.map(np.asarray, compiled(name, size, count)(jnp.float32(rate), jnp.uint32(seed)))
 
   return draw
 

@@ -19,12 +19,12 @@ def moved(image: np.ndarray, down: int, right: int, most: int) -> np.ndarray:
   return padded[most - down : most - down + HEIGHT, most - right : most - right + WIDTH]
 
 
-def batch(images=None) -> Batch:
+def batch(images: np.ndarray | None = None) -> Batch:
   rng = np.random.default_rng(0)
   images = rng.random((SIZE, HEIGHT, WIDTH, 2)) if images is None else images
   targets = np.eye(CLASSES)[rng.integers(0, CLASSES, SIZE)]
   mask = np.arange(SIZE) < SIZE - 3
-  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), Batch(images, targets, mask))
+  return Batch(*(jnp.asarray(x, jnp.float32) for x in (images, targets, mask)))
 
 
 def test_shift_is_a_slice_of_the_edge_padded_image():

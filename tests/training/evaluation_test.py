@@ -10,6 +10,7 @@ from apfl_jax.types import Prediction, Span
 
 CLASSES, PIXELS = 5, 30
 SOME = np.array([False, True, False, True, True])
+BIAS = -100.0  # logits below 0: classes that are left out must not win by being 0
 HEAD = np.random.default_rng(0).normal(size=(PIXELS, CLASSES))
 
 
@@ -19,7 +20,7 @@ def evaluate(store):
 
   def predict(images):
     features = images.reshape(images.shape[0], -1)
-    return Prediction(features @ jnp.float32(HEAD), features)
+    return Prediction(features @ jnp.float32(HEAD) + BIAS, features)
 
   return jax.jit(
     lambda start, size, classes: training.evaluate(predict, store, Span(start, size), CLASSES, classes=classes)
@@ -32,7 +33,7 @@ def test_evaluate_counts_what_numpy_counts(evaluate, store, start, size, classes
   got = evaluate(start, size, classes)
   example = np.asarray(store.index)[start : start + size]
   labels = np.asarray(store.labels)[example]
-  logits = np.asarray(store.images)[example].reshape(size, PIXELS) / 255 @ HEAD
+  logits = np.asarray(store.images)[example].reshape(size, PIXELS) / 255 @ HEAD + BIAS
   answers = np.argmax(logits if classes is None else np.where(classes, logits, -np.inf), axis=-1)
   want = np.zeros((CLASSES, CLASSES), int)
   np.add.at(want, (labels, answers), 1)

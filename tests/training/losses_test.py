@@ -79,7 +79,7 @@ def test_classification_loss_is_the_mean_over_unmasked_rows(classes, examples):
   rng = np.random.default_rng(1)
   images, head = rng.random((ROWS, 2, 2, 1)), rng.normal(size=(4, CLASSES))
   targets = np.eye(CLASSES)[rng.choice(np.flatnonzero(SOME), ROWS)]
-  batch = jax.tree.map(jnp.float32, Batch(images, targets, np.arange(ROWS) < examples))
+  batch = Batch(*(jnp.asarray(x, jnp.float32) for x in (images, targets, np.arange(ROWS) < examples)))
   got = training.classification_loss(linear_task(), classes)(Params((), jnp.float32(head)), batch)
   logits = images.reshape(ROWS, 4) @ head
   if classes is not None:

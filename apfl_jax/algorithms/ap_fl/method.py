@@ -23,6 +23,8 @@ from apfl_jax.types import Algorithm, Array, Download, Key, Params, PyTree, Task
 
 INTERPOLATIONS = ("grid", "size", "fixed")
 _MANY_VALIDATION = 20  # examples under which the grid is not trusted (method.md 2.9 c)
+# Folded into a key that is also used as it is: the children of a split are fold_in of 0, 1, ..., so no small number.
+_APART = 0x41502D46
 _LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
 _TRUST_SAMPLES = 16  # a class, for the mean teacher probability
 
@@ -170,7 +172,7 @@ def ap_fl(
 
   def init(key):
     params = model.init(key)  # every method's model starts alike under one seed
-    weights = generator.init(jax.random.fold_in(key, 1))
+    weights = generator.init(jax.random.fold_in(key, _APART))
     statistics: tuple[Moments, ...] = ()
     if layer_statistics:
       blank = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
@@ -200,7 +202,7 @@ def ap_fl(
     delta = jax.tree.map(lambda new, old: new - old, params, shared.params)
     statistics: tuple[Moments, ...] = ()
     if layer_statistics:
-      batch = batches(task, data, data.train, jax.random.fold_in(key, 1))(jnp.int32(0))
+      batch = batches(task, data, data.train, jax.random.fold_in(key, _APART))(jnp.int32(0))
       statistics = moments(model.base(params.base, batch.images)[1], batch.mask)
     weight = training.weight(task.sgd, data.train.size)
     return client, Upload(update=Sent(delta, statistics), weight=weight, kept=histogram)
@@ -261,7 +263,7 @@ def ap_fl(
     del client, visit
     shared = download.shared
     # The local model takes the key as fine-tuning does: the two are then the same model to the bit.
-    friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, 1), 3)
+    friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, _APART), 3)
     histogram, classes, softmax = own_classes(shared, data)
     loss = training.classification_loss(task, softmax)
     local = training.fine_tune(task, loss, shared.params, data, task.sgd.personal_steps - friend_steps, key)
