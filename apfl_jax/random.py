@@ -47,7 +47,7 @@ def permutation_key(key: Key) -> Array:
 def permute(bits: Array, position: Array, size: Array | int) -> Array:
   """The element at `position` of a pseudo-random permutation of `range(size)`; `size` may be traced.
 
-  An alternating Feistel network over the smallest power of two that holds `size`, walked until it lands inside
+  An alternating Feistel network over the smallest power of two that holds `size` (at least 64), walked until it lands inside
   (Black and Rogaway 2002, cycle-walking). Costs O(1) a position, whatever `size` is.
 
   Args:
@@ -59,7 +59,8 @@ def permute(bits: Array, position: Array, size: Array | int) -> Array:
     int32 [...] in `[0, size)`, a bijection of the positions.
   """
   size = jnp.maximum(jnp.asarray(size, jnp.uint32), 1)
-  width = 32 - jax.lax.clz(size - 1)  # bits of the domain
+  # Bits of the domain. Halves of fewer than 3 bits mix badly: pairs of elements would stay together too often.
+  width = jnp.maximum(32 - jax.lax.clz(size - 1), 6)
   low = (width + 1) // 2
   low_mask = (jnp.uint32(1) << low) - 1
   high_mask = (jnp.uint32(1) << (width - low)) - 1

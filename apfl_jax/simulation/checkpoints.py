@@ -1,11 +1,11 @@
 """Checkpoints of the whole state with everything measured so far, written atomically by orbax."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from apfl_jax.errors import InputError
 from apfl_jax.types import State
 
 _KEPT = 2
@@ -27,24 +27,36 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(directory, options=options)
 
   def save(self, state: State, record: dict[str, Any]) -> None:
-    """Writes the state and a JSON-able record under the number of rounds done."""
-    args = self._ocp.args
+    """Writes the state and a JSON-able record under the number of rounds done; a damaged one of that number goes."""
+    args, step = self._ocp.args, int(state.round)
+    if step in self._manager.all_steps():
+      self._manager.delete(step)
     items = args.Composite(state=args.StandardSave(state._asdict()), record=args.JsonSave(record))
-    self._manager.save(int(state.round), args=items)
+    self._manager.save(step, args=items)
 
   def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
-    """The newest readable (state, record), or None. `like` gives shapes and dtypes."""
+    """The newest readable (state, record), or None where there is none yet. `like` gives shapes and dtypes.
+
+    Raises:
+      InputError: there are checkpoints and none fits; they are left alone.
+    """
     args = self._ocp.args
     shapes = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like._asdict())
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
       try:
         items = args.Composite(state=args.StandardRestore(shapes), record=args.JsonRestore())
         found = self._manager.restore(step, args=items)
-      except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-        print(f"checkpoint of round {step} is unreadable and is passed over: {str(error).splitlines()[0]}", flush=True)
-        self._manager.delete(step)
+      except (ValueError, OSError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
+        print(f"checkpoint of round {step} is unreadable and is passed over: {reason}", flush=True)
       else:
         return State(**found.state), found.record
+    if steps:
+      raise InputError(
+        f"workdir: none of the checkpoints in {self._manager.directory} can be read by this version;"
+        " accepted is another folder, or this one without its checkpoints to start anew"
+      )
     return None
 
   def close(self) -> None:

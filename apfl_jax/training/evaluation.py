@@ -44,7 +44,7 @@ def evaluate(
     logits = predict(batch.images).logits
     answer = jnp.argmax(logits if classes is None else jnp.where(classes, logits, -jnp.inf), axis=-1)
     counts = confusion(jnp.argmax(batch.targets, axis=-1), answer, batch.mask > 0, num_classes)
-    loss = jnp.sum(batch.mask * cross_entropy(logits, batch.targets))
+    loss = jnp.sum(jnp.where(batch.mask > 0, cross_entropy(logits, batch.targets), 0.0))
     return Evaluation(total.confusion + counts, total.loss + loss)
 
   empty = Evaluation(jnp.zeros((num_classes, num_classes), jnp.int32), jnp.zeros(()))

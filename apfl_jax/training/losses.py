@@ -42,6 +42,6 @@ def classification_loss(task: Task, classes: Array | None = None) -> Loss:
 
   def loss(params: Params, batch: Batch) -> Array:
     each = cross_entropy(predict(task.model, params, batch.images).logits, batch.targets, classes)
-    return jnp.sum(batch.mask * each) / jnp.maximum(jnp.sum(batch.mask), 1.0)
+    return jnp.sum(jnp.where(batch.mask > 0, each, 0.0)) / jnp.maximum(jnp.sum(batch.mask), 1.0)
 
   return loss

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from apfl_jax.errors import InputError
 from apfl_jax.simulation.checkpoints import Checkpoints
 from apfl_jax.types import Params, State
 
@@ -113,10 +114,16 @@ def test_a_damaged_newest_is_passed_over_aloud_and_the_run_goes_on(written, caps
   assert capsys.readouterr().out == ""
 
 
-def test_none_where_all_are_damaged(written, capsys):
-  truncate(written)
-  assert_restores(written, None)
-  assert len(capsys.readouterr().out.splitlines()) == 2  # so many are kept
+@pytest.mark.parametrize("like", [state(0), state(0)._replace(times=jnp.zeros(9, jnp.int32))])
+def test_refuses_and_deletes_nothing_where_none_fits(written, like):
+  if like.times.shape == state(0).times.shape:
+    truncate(written)
+  files = {path: path.read_bytes() for path in written.rglob("*") if path.is_file()}
+  checkpoints = Checkpoints(written)
+  with pytest.raises(InputError, match="none of the checkpoints"):
+    checkpoints.restore(jax.eval_shape(lambda: like))
+  checkpoints.close()
+  assert {path: path.read_bytes() for path in written.rglob("*") if path.is_file()} == files
 
 
 def test_a_write_that_was_cut_off_is_no_checkpoint(written, capsys):
