@@ -47,8 +47,8 @@ def permutation_key(key: Key) -> Array:
 def permute(bits: Array, position: Array, size: Array | int) -> Array:
   """The element at `position` of a pseudo-random permutation of `range(size)`; `size` may be traced.
 
-  An alternating Feistel network over the smallest power of two that holds `size` (at least 64), walked until it lands inside
-  (Black and Rogaway 2002, cycle-walking). Costs O(1) a position, whatever `size` is.
+  An alternating Feistel network over the smallest power of two that holds `size`, at least 64, walked until it lands
+  inside (Black and Rogaway 2002, cycle-walking). Costs O(1) a position, whatever `size` is.
 
   Args:
     bits: uint32 [8] from `permutation_key`.
