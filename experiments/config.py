@@ -38,7 +38,7 @@ class Config:
   partition: str = _setting("dirichlet", "how examples are shared out", choices=PARTITIONS)
   alpha: float = _setting(0.1, "Dirichlet concentration: small is skewed", above=0)
   classes_per_client: int = _setting(2, "of the pathological partition", least=1)
-  min_examples: int = _setting(16, "least examples of a client", least=2)
+  min_size: int = _setting(16, "least examples of a client", least=2)
   monopolistic_classes: int = _setting(2, "classes that only clients which drop hold", least=0)
   dropout: str = _setting("cold", f"processes of availability, comma-separated: {', '.join(PROCESSES)}")
   drop_rate: str = _setting("0.6", "rate of each process in [0, 1], comma-separated; one stands for all")
@@ -199,7 +199,7 @@ def main(run: Any) -> None:
     except InputError as error:
       _fail(str(error))
 
-  logging.set_verbosity(logging.WARNING)  # JAX tells on INFO which accelerators it did not find
+  logging.set_verbosity(logging.ERROR)  # libraries tell below that what no user asked: devices not found, folders
   app.run(guarded, flags_parser=parse)
 
 

@@ -198,7 +198,7 @@ def _partition(
     config.num_clients,
     rng=rng,
     allowed=allowed,
-    min_size=config.min_examples,
+    min_size=config.min_size,
     examples_per_client=config.examples_per_client,
   )
 

@@ -25,4 +25,6 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   config.define_flags()
+  for field in config.fields():
+    flags.declare_key_flag(field.name)  # --help shows these; methods' own settings come with --helpfull
   config.main(main)
