@@ -233,6 +233,7 @@ class Task(NamedTuple):
     embeddings: float32 [C, D], what the classes mean: centred over classes, rows of norm 1.
     model: the classifier.
     sgd: local training.
+    rounds: int32 [], how many rounds the run will have; traced, for schedules that are shares of it.
   """
 
   num_clients: int
@@ -241,6 +242,7 @@ class Task(NamedTuple):
   embeddings: Array
   model: Model
   sgd: LocalSGD
+  rounds: Array
 
 
 class Algorithm(NamedTuple):

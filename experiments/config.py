@@ -4,7 +4,7 @@ A method's own settings are the keyword arguments of its `make`; they become fla
 """
 
 import dataclasses
-import inspect
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from apfl_jax import algorithms, nn, semantics
 from apfl_jax.errors import InputError
 from apfl_jax.population import PROCESSES
+from apfl_jax.settings import Limits, checked
 from apfl_jax.training.augment import AUGMENTATIONS
 
 PARTITIONS = ("iid", "dirichlet", "pathological")
@@ -21,8 +22,8 @@ _NOT_OF_A_RUN = ("workdir", "progress")  # may differ when a run is continued
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
-  """A field with its help text and its limits: `choices`, `least`, `above`, `most`."""
-  return dataclasses.field(default=default, metadata={"help": help, **limits})
+  """A field with its help text and its `Limits`."""
+  return dataclasses.field(default=default, metadata={"help": help, "limits": Limits(**limits)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Config:
   monopolistic_classes: int = _setting(2, "classes that only clients which drop hold", least=0)
   dropout: str = _setting("cold", f"processes of availability, comma-separated: {', '.join(PROCESSES)}")
   drop_rate: str = _setting("0.6", "rate of each process in [0, 1], comma-separated; one stands for all")
-  versions: int = _setting(1, "server versions kept; a client later than that does not arrive", least=1)
+  versions: int = _setting(1, "server versions kept for late clients; no process of today delays any", least=1)
   rounds: int = _setting(40, "rounds", least=1)
   local_epochs: int = _setting(1, "passes over a client's examples a round, where local_steps is 0", least=1)
   local_steps: int = _setting(15, "SGD steps of a client a round; 0 for local_epochs", least=0)
@@ -69,11 +70,21 @@ class Config:
   def __post_init__(self) -> None:
     """Raises InputError for the first field outside its limits."""
     for field in fields():
-      check(field.name, getattr(self, field.name), field.metadata)
+      value = checked(field.name, getattr(self, field.name), type(field.default), field.metadata["limits"])
+      object.__setattr__(self, field.name, value)
+    if self.data_dir:
+      object.__setattr__(self, "data_dir", os.path.abspath(os.path.expanduser(self.data_dir)))
     known = algorithms.settings(self.algorithm)
     for name in self.settings:
       if name not in known:
         raise InputError(f"{self.algorithm}_{name}: no such setting, accepted are {', '.join(known) or 'none'}")
+    whole = {
+      name: checked(
+        f"{self.algorithm}_{name}", self.settings.get(name, setting.default), type(setting.default), setting.limits
+      )
+      for name, setting in known.items()
+    }
+    object.__setattr__(self, "settings", whole)
     processes, rates = self.processes
     if len(rates) != len(processes):
       raise InputError(
@@ -98,13 +109,15 @@ class Config:
       if not 0 <= rate <= 1:
         raise InputError(f"drop_rate: got {part!r}, accepted are numbers from 0 to 1, comma-separated")
       rates.append(rate)
-    return names, tuple(rates * len(names) if len(rates) == 1 else rates)
+    rates = rates * len(names) if len(rates) == 1 else rates
+    if ("bernoulli", 1.0) in zip(names, rates, strict=False):
+      raise InputError("drop_rate: got 1 for bernoulli, which loses every upload; accepted is less than 1")
+    return names, tuple(rates)
 
   def lines(self) -> list[str]:
     """All flags of the run, a --name=value a line, as flags.txt holds them."""
     values = {field.name: getattr(self, field.name) for field in fields()}
-    for name, parameter in algorithms.settings(self.algorithm).items():
-      values[f"{self.algorithm}_{name}"] = self.settings.get(name, parameter.default)
+    values |= {f"{self.algorithm}_{name}": value for name, value in self.settings.items()}
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()]
 
   def identity(self) -> set[str]:
@@ -115,19 +128,6 @@ class Config:
 def fields() -> list[dataclasses.Field]:
   """The fields that are flags of their own."""
   return [field for field in dataclasses.fields(Config) if field.name != "settings"]
-
-
-def check(name: str, value: Any, limits: Any) -> None:
-  """Raises InputError if a value is outside the limits of its setting."""
-  choices = limits.get("choices")
-  if choices and value not in choices:
-    raise InputError(f"{name}: got {value!r}, accepted are {', '.join(choices)}")
-  if "least" in limits and not value >= limits["least"]:
-    raise InputError(f"{name}: got {value}, accepted is {limits['least']} or more")
-  if "most" in limits and not value <= limits["most"]:
-    raise InputError(f"{name}: got {value}, accepted is at most {limits['most']}")
-  if "above" in limits and not limits["above"] < value < float("inf"):
-    raise InputError(f"{name}: got {value}, accepted is a finite number above {limits['above']}")
 
 
 _DEFINE: dict[type, Any] = {
@@ -141,29 +141,12 @@ _DEFINE: dict[type, Any] = {
 def define_flags() -> None:
   """Defines a flag for every field of `Config` and for every setting of every method."""
   for field in fields():
-    choices = field.metadata.get("choices")
+    choices = field.metadata["limits"].choices
     help = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
     _DEFINE[type(field.default)](field.name, field.default, help)
-  for method, entry in algorithms.METHODS.items():
-    texts = _argument_texts(entry.make)
-    for name, parameter in algorithms.settings(method).items():
-      _DEFINE[type(parameter.default)](f"{method}_{name}", parameter.default, f"{method}: {texts.get(name, name)}")
-
-
-def _argument_texts(function: Any) -> dict[str, str]:
-  """name -> text, from the Args section of a docstring."""
-  _, _, section = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
-  texts: dict[str, str] = {}
-  name = ""
-  for line in section.splitlines():
-    if line.startswith("  ") and not line.startswith("   "):
-      name, _, text = line.strip().partition(": ")
-      texts[name] = text
-    elif line.startswith("   ") and name:
-      texts[name] += " " + line.strip()
-    else:
-      break
-  return texts
+  for method in algorithms.METHODS:
+    for name, setting in algorithms.settings(method).items():
+      _DEFINE[type(setting.default)](f"{method}_{name}", setting.default, f"{method}: {setting.text}")
 
 
 def from_flags() -> Config:

@@ -1,14 +1,11 @@
 """From a `Config` to a run directory: what `experiments.train` does, as a function for Colab, sweeps and tests."""
 
-import contextlib
 import csv
 import json
-import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +18,7 @@ import numpy as np
 import apfl_jax
 from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation
 from apfl_jax.errors import InputError
+from apfl_jax.files import replacing
 from apfl_jax.types import Algorithm, LocalSGD, Process, PyTree, Task
 from experiments.config import Config
 
@@ -37,6 +35,7 @@ class Job(NamedTuple):
     build: settings -> (algorithm, process).
     task: settings -> Task.
     simulator: the compiled functions.
+    gone: bool [N], clients that never take part or leave for good.
   """
 
   config: Config
@@ -45,6 +44,7 @@ class Job(NamedTuple):
   build: Callable[[PyTree], tuple[Algorithm, Process]]
   task: Callable[[PyTree], Task]
   simulator: simulation.Simulator
+  gone: np.ndarray
 
 
 def prepare(config: Config) -> Job:
@@ -75,10 +75,8 @@ def prepare(config: Config) -> Job:
   )
 
   entry = algorithms.METHODS[config.algorithm]
-  defaults = {name: p.default for name, p in algorithms.settings(config.algorithm).items()}
-  chosen = {**defaults, **config.settings}
-  traced = {name: jnp.float32(value) for name, value in chosen.items() if isinstance(defaults[name], float)}
-  static = {name: value for name, value in chosen.items() if name not in traced}
+  traced = {name: jnp.float32(value) for name, value in config.settings.items() if isinstance(value, float)}
+  static = {name: value for name, value in config.settings.items() if name not in traced}
   head = entry.head if config.head == "auto" else config.head
 
   def task(settings: PyTree) -> Task:
@@ -99,7 +97,7 @@ def prepare(config: Config) -> Job:
       weighting=config.weighting,
       augment=config.augment,
     )
-    return Task(config.num_clients, num_classes, image_shape, settings["embeddings"], model, sgd)
+    return Task(config.num_clients, num_classes, image_shape, settings["embeddings"], model, sgd, settings["rounds"])
 
   def build(settings: PyTree) -> tuple[Algorithm, Process]:
     algorithm = entry.make(task(settings), **static, **settings["method"])
@@ -114,6 +112,7 @@ def prepare(config: Config) -> Job:
       "drop_rates": jnp.asarray(rates, jnp.float32),
       "embeddings": jnp.asarray(table),
       "method": traced,
+      "rounds": jnp.int32(config.rounds),
     },
   )
   simulator = simulation.simulator(
@@ -127,7 +126,7 @@ def prepare(config: Config) -> Job:
     how=config.client_map,
     mesh=simulation.default_mesh(),
   )
-  return Job(config, dataset, inputs, build, task, simulator)
+  return Job(config, dataset, inputs, build, task, simulator, gone)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -140,8 +139,9 @@ def run(config: Config) -> dict[str, Any]:
   workdir = workdir.absolute()
   finished = _claim(workdir, config, write=False)
   if finished:
+    if not (workdir / "report.html").is_file():  # killed just before
+      _draw(workdir)
     return _announced(finished, workdir)
-  started = time.perf_counter()
   with simulation.Stopwatch() as watch:
     job = prepare(config)
     _claim(workdir, config, write=True)
@@ -149,6 +149,7 @@ def run(config: Config) -> dict[str, Any]:
       job.simulator,
       job.inputs,
       rounds=config.rounds,
+      gone=job.gone,
       eval_every=config.eval_every,
       personalize_every=config.personalize_every,
       eval_clients=config.eval_clients,
@@ -157,17 +158,23 @@ def run(config: Config) -> dict[str, Any]:
       on_record=partial(_write_record, workdir),
       progress=config.progress,
     )
-  arrays = _arrays(job, result)
-  _write_clients(workdir / "clients.csv", job, result, arrays["histogram"])
-  with _replacing(workdir / "arrays.npz") as path, open(path, "wb") as file:
-    np.savez_compressed(file, allow_pickle=False, **arrays)
-  summary = _summary(job, result, arrays, seconds=time.perf_counter() - started, compiling=watch.read())
-  _write_json(workdir / "summary.json", summary)
+    arrays = _arrays(job, result)
+    _write_clients(workdir / "clients.csv", job, result, arrays["histogram"])
+    with replacing(workdir / "arrays.npz") as path, open(path, "wb") as file:
+      np.savez_compressed(file, allow_pickle=False, **arrays)
+    summary = _summary(job, result, arrays, watch)
+  _write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+  _draw(workdir)
+  if not any(result.record.arrived):
+    print("no upload arrived in any round: the global model is the initial one", file=sys.stderr)
+  return _announced(summary, workdir)
+
+
+def _draw(workdir: Path) -> None:
   try:
     report.write(workdir)
   except InputError as error:  # matplotlib is missing; the numbers are all there
     print(f"report.html is not drawn: {error}", file=sys.stderr)
-  return _announced(summary, workdir)
 
 
 def _departed(config: Config) -> np.ndarray:
@@ -218,14 +225,16 @@ def _claim(workdir: Path, config: Config, *, write: bool) -> dict[str, Any] | No
       raise InputError(f"workdir: {workdir} holds another run ({differing[0]} differs), accepted is another folder")
     if (workdir / "summary.json").is_file():
       return json.loads((workdir / "summary.json").read_text())
-  elif workdir.is_dir() and any(workdir.iterdir()):
+  elif workdir.is_dir() and any(not path.name.startswith(".") for path in workdir.iterdir()):
     raise InputError(f"workdir: {workdir} is not empty and holds no run, accepted is an empty folder or a new name")
   if write:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
+      _write_text(kept, "\n".join(config.lines()) + "\n")
     except OSError as error:
-      raise InputError(f"workdir: {workdir} cannot be made ({error.strerror}), accepted is a writable place") from error
-    _write_text(kept, "\n".join(config.lines()) + "\n")
+      raise InputError(
+        f"workdir: {workdir} cannot be written ({error.strerror}), accepted is a writable place"
+      ) from error
   return None
 
 
@@ -258,7 +267,7 @@ def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: n
     ),
     "pooled_accuracy": _cells(metrics.accuracy(result.personal_scores.pooled)),
   }
-  with _replacing(path) as temporary, open(temporary, "w", newline="") as file:
+  with replacing(path) as temporary, open(temporary, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
@@ -302,11 +311,10 @@ def _real_samples(dataset: data.Dataset) -> np.ndarray:
 
 
 def _summary(
-  job: Job, result: simulation.Result, arrays: dict[str, np.ndarray], *, seconds: float, compiling: dict[str, Any]
+  job: Job, result: simulation.Result, arrays: dict[str, np.ndarray], watch: simulation.Stopwatch
 ) -> dict[str, Any]:
-  """summary.json."""
+  """summary.json. Times are those of all processes that the run took, as far as checkpoints kept them."""
   config = job.config
-  everything = np.ones(len(job.dataset.class_names), bool)
   held: np.ndarray = arrays["histogram"] > 0
   monopolistic = np.flatnonzero(held.any(axis=0) & ~held[~result.dropped].any(axis=0))
   monopolist = np.any(held[:, monopolistic], axis=1)[result.rows]
@@ -324,11 +332,13 @@ def _summary(
   unseen = None
   global_pooled = None
   if result.pooled_confusion is not None:
-    confusion = result.pooled_confusion(everything)
+    confusion = arrays["pooled_confusion"]
     global_pooled = float(metrics.accuracy(confusion))
     unseen = metrics.unseen(
       confusion, result.pooled_confusion(~arrays["seen"]) if len(lost) else confusion, lost.tolist()
     )
+  cost = simulation.cost(job.build, job.inputs, result)._asdict()
+  spent = [watch.read(), *result.record.timings[: result.restored]]
   return {
     "algorithm": config.algorithm,
     "dataset": config.dataset,
@@ -343,15 +353,15 @@ def _summary(
       "personal_dropped": mean(pooled[dropped]),
     },
     "unseen": unseen,
-    "cost": simulation.cost(job.build, job.inputs, result)._asdict(),
+    "cost": cost,
     "partition": config.partition,
     "alpha": config.alpha if config.partition == "dirichlet" else None,
     "dropout": config.dropout,
     "drop_rate": config.drop_rate,
     "class_names": list(job.dataset.class_names),
     "monopolistic_classes": monopolistic.tolist(),
-    "seconds": round(seconds, 3),
-    "compile_seconds": compiling["compile_seconds"],
+    "seconds": round(sum(row["seconds"] for row in spent), 3),
+    "compile_seconds": round(sum(row["compile_seconds"] for row in spent), 3),
     "peak_memory_bytes": simulation.peak_memory_bytes(),
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
     "versions": _versions(),
@@ -375,18 +385,6 @@ def _commit() -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-  """A temporary path that takes the place of `path` once it is written."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  yield temporary
-  os.replace(temporary, path)
-
-
 def _write_text(path: Path, text: str) -> None:
-  with _replacing(path) as temporary:
+  with replacing(path) as temporary:
     temporary.write_text(text)
-
-
-def _write_json(path: Path, value: Any) -> None:
-  _write_text(path, json.dumps(value, indent=2) + "\n")

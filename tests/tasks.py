@@ -13,6 +13,7 @@ from apfl_jax.simulation import Inputs, RoundMetrics, Scores, Simulator
 from apfl_jax.types import Algorithm, LocalSGD, Process, PyTree, Span, State, Task
 
 NUM_CLIENTS, COHORT_SIZE, CHUNK = 6, 4, 5
+ROUNDS = 10  # what schedules are told, however many are run
 NUM_CLASSES, IMAGE_SHAPE = 4, (4, 4, 1)
 BATCH_SIZE, STEPS, LEARNING_RATE = 16, 5, 0.1
 
@@ -21,8 +22,8 @@ _SMALL: dict[str, dict[str, Any]] = {
   "ap_fl": {
     "generator_steps": 2,
     "generator_batch": 20,
-    "generator_warmup": 1,
-    "unseen_warmup": 2,
+    "generator_warmup": 0.1,
+    "unseen_warmup": 0.2,
     "friend_steps": 10,
     "synthetic_examples": 16,
     "grid_points": 2,
@@ -32,7 +33,7 @@ _SMALL: dict[str, dict[str, Any]] = {
 
 def _method_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
   """The settings of a method: floats, which are traced, and the others."""
-  values = {key: parameter.default for key, parameter in algorithms.settings(name).items()} | _SMALL.get(name, {})
+  values = {key: setting.default for key, setting in algorithms.settings(name).items()} | _SMALL.get(name, {})
   traced = {key: value for key, value in values.items() if isinstance(value, float)}
   return traced, {key: value for key, value in values.items() if key not in traced}
 
@@ -51,7 +52,7 @@ def build(name: str, num_clients: int, settings: PyTree) -> tuple[Algorithm, Pro
     weighting="examples",
     augment="none",
   )
-  task = Task(num_clients, NUM_CLASSES, IMAGE_SHAPE, embeddings, model, sgd)
+  task = Task(num_clients, NUM_CLASSES, IMAGE_SHAPE, embeddings, model, sgd, settings["rounds"])
   algorithm = algorithms.METHODS[name].make(task, **_method_settings(name)[1], **settings["method"])
   return algorithm, population.make(("cold", "bernoulli"), num_clients, settings["drop_rates"])
 
@@ -66,6 +67,7 @@ def inputs(name: str, num_clients: int = NUM_CLIENTS) -> Inputs:
   settings: PyTree = {
     "learning_rate": np.float32(LEARNING_RATE),
     "drop_rates": np.zeros(2, np.float32),
+    "rounds": np.int32(ROUNDS),
     "embeddings": semantics.embeddings("onehot", dataset.class_names, dataset.name, rng=rng),
     "method": {key: np.float32(value) for key, value in _method_settings(name)[0].items()},
   }

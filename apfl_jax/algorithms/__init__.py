@@ -1,6 +1,5 @@
 """The methods: one file each, made by `method(task, **settings)`, listed once in `METHODS`."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from apfl_jax.algorithms.ap_fl import ap_fl
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
 from apfl_jax.algorithms.local import local
+from apfl_jax.settings import Setting, of
 from apfl_jax.types import Algorithm, Task
 
 
@@ -40,10 +40,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def settings(name: str) -> dict[str, inspect.Parameter]:
-  """A method's own settings: the keyword-only parameters of its `make`, with annotations and defaults."""
-  parameters = inspect.signature(METHODS[name].make).parameters
-  return {key: p for key, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+def settings(name: str) -> dict[str, Setting]:
+  """A method's own settings: the keyword-only arguments of its `make`."""
+  return of(METHODS[name].make)
 
 
 __all__ = ["METHODS", "Algorithm", "Method", "Task", "ap_fl", "fedavg", "fedavg_ft", "local", "settings"]

@@ -1,7 +1,7 @@
 """FedAvg + fine-tuning: each client tunes the global model on its own data before it uses it.
 
 The plainest personalisation (e.g. Wang et al., Federated Evaluation of On-device Personalization, 2019), and the
-baseline that AP-FL must be compared with at an equal number of steps (method.md 2.8, budget parity [O]).
+baseline that AP-FL must be compared with at an equal number of steps (method 2.8, budget parity [O]).
 """
 
 from apfl_jax import training

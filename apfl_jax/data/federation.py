@@ -99,14 +99,10 @@ def _split(
   key = np.repeat(np.arange(num_clients) * num_examples, partition.sizes) + place[partition.index]
   key.sort()
 
-  first = np.diff(key, prepend=-1) != 0  # copies are neighbours now and share a part
-  client = key[first] // num_examples
-  units = np.bincount(client, minlength=num_clients)
-  part = _deal_out(client, units, fractions, rng)
-  if not first.all():
-    part = part[np.cumsum(first) - 1]
-    client = key // num_examples
-  example = order[key % num_examples]
+  client, example = key // num_examples, order[key % num_examples]
+  part = _deal_out(client, partition.sizes, fractions, rng)
+  if len(np.unique(partition.index)) < len(partition.index):
+    example = _draw_apart(labels, order, labels[example], part, fractions, rng)
   slot = client * len(PARTS) + part
   sizes = np.bincount(slot, minlength=num_clients * len(PARTS)).reshape(-1, len(PARTS))
 
@@ -115,6 +111,35 @@ def _split(
   key = (((slot << middle) | rng.integers(1 << middle, size=len(slot))) << low) | example
   key.sort()
   return key & ((1 << low) - 1), sizes
+
+
+def _draw_apart(
+  labels: np.ndarray,
+  order: np.ndarray,
+  wanted: np.ndarray,
+  part: np.ndarray,
+  fractions: tuple[float, float, float],
+  rng: np.random.Generator,
+) -> np.ndarray:
+  """Examples int64 [n] of the `wanted` classes for the parts [n], each example for one part only, whoever has it.
+
+  Where examples repeat, one client's test example may else be another's training example, and the global model would
+  have been trained on it. Every example is used as often as any other of its class and part, give or take one.
+  """
+  part_of = np.empty(len(order), np.int64)
+  part_of[order] = _deal_out(np.zeros(len(order), np.int64), np.array([len(order)]), fractions, rng)
+  group, pool_group = wanted * len(PARTS) + part, labels * len(PARTS) + part_of
+  example = np.empty(len(wanted), np.int64)
+  shuffled = rng.permutation(len(order))
+  for g in np.unique(group):
+    pool, slots = shuffled[pool_group[shuffled] == g], np.flatnonzero(group == g)
+    if not len(pool):
+      raise InputError(
+        f"examples_per_client: class {g // len(PARTS)} has too few examples"
+        f" for a {PARTS[g % len(PARTS)]} part of its own"
+      )
+    example[slots] = np.resize(pool, len(slots))
+  return example
 
 
 def _deal_out(

@@ -1,6 +1,6 @@
 """How accuracy is spread over clients and over classes: a mean hides the ones that a method fails.
 
-Reconstruction 2.11 [O]. `unseen` follows generalised zero-shot learning, in which each class counts once however many
+See method 2.11 [O]. `unseen` follows generalised zero-shot learning, in which each class counts once however many
 examples it has: Xian et al., CVPR 2017 [M].
 """
 

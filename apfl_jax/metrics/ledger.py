@@ -1,7 +1,7 @@
 """The cost ledger: what one call computes and what it reads, from its jaxpr alone; nothing is compiled.
 
 XLA's own `cost_analysis` counts the body of a loop once, whatever its trip count, so it cannot price local training;
-this walk multiplies. Totals, splits and derived figures (section 6.1 of the reconstruction [O]) are the caller's.
+this walk multiplies. Totals, splits and derived figures (method 6.1 [O]) are the caller's.
 
 Counted: matrix products and convolutions, two operations for a multiplication and its addition. Not counted: all else
 (elementwise operations, reductions, random numbers, factorisations), little beside them in training a network. Zeros

@@ -1,4 +1,4 @@
-"""The semantic generator: noise and what a class means, to images (method 2.6 [O], in the smooth form of 8.4 [P]).
+"""The semantic generator: noise and what a class means, to images (method 2.6 [O], smooth as in method 8.4 [P]).
 
 No batch statistics: a batch of a single class would normalise the class away (method 2.6 [P]).
 """

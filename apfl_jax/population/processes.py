@@ -1,6 +1,6 @@
 """Availability processes: pure, seeded, looked at pointwise.
 
-Four things are kept apart (design.md): *absent* does not start (`present`), *dropped* starts and loses its upload
+Four things are kept apart: *absent* does not start (`present`), *dropped* starts and loses its upload
 (`arrives`), *late* trains on an old download (`delay`), *stale* is what its update then is.
 """
 
@@ -42,7 +42,7 @@ def everyone() -> Process:
 def cold(num_clients: int, rate: Array | float) -> Process:
   """`round(rate * N)` clients, drawn once, never take part: the case in which their classes are lost.
 
-  Source: method.md 2.2, regime `cold` [O].
+  Source: method 2.2, regime `cold` [O].
 
   Args:
     num_clients: N; ids run from 0 to N - 1.
@@ -61,7 +61,7 @@ def cold(num_clients: int, rate: Array | float) -> Process:
 def bernoulli(rate: Array | float) -> Process:
   """Each present client loses its upload with probability `rate`, independently in every round.
 
-  Source: method.md 2.2, regime `bernoulli`: the client trains and its upload is lost, as PFLlib's
+  Source: method 2.2, regime `bernoulli`: the client trains and its upload is lost, as PFLlib's
   `client_drop_rate` [C].
   """
 

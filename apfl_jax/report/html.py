@@ -3,7 +3,6 @@
 import base64
 import html
 import math
-import os
 import pathlib
 import shlex
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from apfl_jax.files import replacing
 from apfl_jax.report import plots, tables
 from apfl_jax.report import run as runs
 
@@ -85,7 +85,7 @@ _CAPTIONS = {
 }
 
 
-def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
+def write(workdir: str | pathlib.Path) -> pathlib.Path:
   """Draws the figures of a run and its page into the run directory; the page last, each file whole or not at all.
 
   Args:
@@ -102,18 +102,14 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
   for name in plots.FIGURES:
     path = run.path / f"{name}.png"
     if name in images:
-      _replace(path, images[name])
+      with replacing(path) as temporary:
+        temporary.write_bytes(images[name])
     else:
       path.unlink(missing_ok=True)  # of an earlier report on other numbers
   path = run.path / "report.html"
-  _replace(path, _page(run, images).encode())
+  with replacing(path) as temporary:
+    temporary.write_text(_page(run, images), encoding="utf-8")
   return path
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_bytes(content)
-  os.replace(temporary, path)
 
 
 def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
@@ -199,7 +195,7 @@ def _unseen(run: runs.Run) -> str:
   value = {key: tables.percent(number, missing="–") for key, number in unseen.items() if key != "classes"}
   listed = html.escape(", ".join(names[c] if c < len(names) else str(c) for c in classes))
   return (
-    f"<h2>Classes that nobody taught</h2><p>No client whose update ever arrived holds {listed}. On pooled test images "
+    f"<h2>Classes that nobody taught</h2><p>No client that took part holds {listed}. On pooled test images "
     f"of {'this class' if len(classes) == 1 else 'these classes'} the global model is right in "
     f"<strong>{value.get('accuracy', '–')}&nbsp;%</strong> (on those of the seen classes in "
     f"{value.get('seen_accuracy', '–')}&nbsp;%; harmonic mean of the two: {value.get('harmonic_mean', '–')}&nbsp;%). "

@@ -56,7 +56,7 @@ def table(summary: dict[str, Any]) -> str:
   """The plain-text table that ends a run: test accuracies in percent, a dash where there is none.
 
   Args:
-    summary: `summary.json` of a run, section "What a run leaves" of the design.
+    summary: `summary.json` of a run, as `experiments.job` writes it.
 
   Returns:
     Lines of at most 100 characters, without a newline at the end.

@@ -39,7 +39,7 @@ def embeddings(kind: str, class_names: tuple[str, ...], dataset_name: str, *, rn
 def normalise(table: np.ndarray, max_size: int = _SIZE) -> np.ndarray:
   """A table as every method gets it: centred over classes, reduced to `max_size` columns, rows of norm 1.
 
-  Method 2.3 [O]; the norm is taken last, so that it is 1 also after the reduction. A table of more than `max_size`
+  See method 2.3 [O]; the norm is taken last, so that it is 1 also after the reduction. A table of more than `max_size`
   columns keeps its min(C - 1, max_size) principal components, which for C <= max_size + 1 changes no angle.
 
   Args:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apfl_jax import population, random
 from apfl_jax.random import Purpose
-from apfl_jax.simulation.client_map import client_map
+from apfl_jax.simulation.client_map import client_map, resolve
 from apfl_jax.simulation.cohort import draw_cohort
 from apfl_jax.training import evaluate
 from apfl_jax.types import (
@@ -26,6 +26,8 @@ from apfl_jax.types import (
   State,
   Visit,
 )
+
+_SCORED, _SCORED_TOGETHER = 16, 256  # clients a dispatch: one after another, and under vmap
 
 
 class Inputs(NamedTuple):
@@ -82,7 +84,8 @@ class Simulator(NamedTuple):
     score_pooled: (state, inputs, classes bool [C]) -> int32 [C, C], the global model on the pooled test examples,
       answering with one of these classes only.
     score_personal: (state, inputs, rows [R], ok [R]) -> Scores of the personal models, which are made and dropped.
-    departed: (inputs, rounds) -> bool [N] by id, clients that never took part or left for good.
+    place: pytree -> the same on all devices of the mesh, where `inputs` and a state of other origin must be.
+    block: clients scored a dispatch.
     chunk: rounds a dispatch, at most.
     num_classes: C.
     has_global_model: whether the method has one.
@@ -93,7 +96,8 @@ class Simulator(NamedTuple):
   score_global: Callable[[State, Inputs, Array, Array], Scores]
   score_pooled: Callable[[State, Inputs, Array], Array]
   score_personal: Callable[[State, Inputs, Array, Array], Scores]
-  departed: Callable[[Inputs, Array], Array]
+  place: Callable[[PyTree], PyTree]
+  block: int
   chunk: int
   num_classes: int
   has_global_model: bool
@@ -125,13 +129,20 @@ def simulator(
     mesh: see `client_map`.
   """
   over_clients = partial(client_map, how=how, mesh=mesh)
+  kind, width = resolve(how)
+  everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
+  # Left to itself the compiler may split a result over devices, and the next call would compile for that.
+  compiled = partial(jax.jit, out_shardings=everywhere) if mesh else jax.jit
+
+  def place(tree: PyTree) -> PyTree:
+    return jax.device_put(tree, everywhere) if mesh else tree
 
   def init(inputs: Inputs) -> State:
     algorithm, process = build(inputs.settings)
     server = algorithm.init(random.key(inputs.seed, Purpose.SERVER))
     download = algorithm.download(server)
     rows = inputs.federation.id.shape[0]
-    # Rows do not exist before a client's first visit: only their shape is asked for.
+    # What a row holds before its client's first visit means nothing: only its shape is asked for.
     client = jax.eval_shape(algorithm.init_client, _own(download, 0), jax.random.key(0))
     return State(
       round=jnp.int32(0),
@@ -207,7 +218,7 @@ def simulator(
     status = ok.astype(jnp.uint8) + arrived
     return state, RoundMetrics(jnp.sum(ok), jnp.sum(arrived), ids, status.astype(jnp.uint8))
 
-  @partial(jax.jit, donate_argnums=0)
+  @partial(compiled, donate_argnums=0)
   def advance(state: State, inputs: Inputs, rounds: Array) -> tuple[State, RoundMetrics]:
     order = jnp.argsort(inputs.federation.id)
     sorted_ids = inputs.federation.id[order]
@@ -230,7 +241,7 @@ def simulator(
     )
     return Scores(own, others)
 
-  @jax.jit
+  @compiled
   def score_global(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:
     algorithm, _ = build(inputs.settings)
     model = algorithm.global_model(state.server)
@@ -242,13 +253,13 @@ def simulator(
 
     return over_clients(one)((inputs.federation, model), rows, ok)[1]
 
-  @jax.jit
+  @compiled
   def score_pooled(state: State, inputs: Inputs, classes: Array) -> Array:
     algorithm, _ = build(inputs.settings)
     answer = partial(algorithm.predict, algorithm.global_model(state.server))
     return evaluate(answer, inputs.federation.store, inputs.pooled, num_classes, classes).confusion
 
-  @jax.jit
+  @compiled
   def score_personal(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:
     algorithm, _ = build(inputs.settings)
     federation, seed = inputs.federation, inputs.seed
@@ -273,21 +284,18 @@ def simulator(
     items = (own, rows, ids, state.times[rows], mine)
     return over_clients(one)((federation, inputs.pooled, download.shared), items, ok)[1]
 
-  @jax.jit
-  def departed(inputs: Inputs, rounds: Array) -> Array:
-    return population.departed(build(inputs.settings)[1], inputs.seed, rounds, population_size)
-
   def has_global_model(inputs):
     algorithm, _ = build(inputs.settings)
     return algorithm.global_model(algorithm.init(random.key(inputs.seed, Purpose.SERVER)))
 
   return Simulator(
-    init=jax.jit(init),
+    init=compiled(init),
     advance=advance,
     score_global=score_global,
     score_pooled=score_pooled,
     score_personal=score_personal,
-    departed=departed,
+    place=place,
+    block=_SCORED if kind == "sequential" else width or _SCORED_TOGETHER,
     chunk=chunk,
     num_classes=num_classes,
     has_global_model=jax.eval_shape(has_global_model, inputs) is not None,

@@ -44,6 +44,7 @@ class Result(NamedTuple):
     record: see `Record`.
     rows: int32 [R], the federation rows that were scored.
     presence_ids: int32 [N'], the ids of the presence map.
+    restored: how many of the timings come from earlier processes of this run.
     dropped: bool [N] by row, never took part or left for good.
     global_scores: Scores [R] of the global model on the clients' own test examples; None where the method has none.
     personal_scores: Scores [R] of the personal models.
@@ -55,6 +56,7 @@ class Result(NamedTuple):
   record: Record
   rows: np.ndarray
   presence_ids: np.ndarray
+  restored: int
   dropped: np.ndarray
   global_scores: Scores | None
   personal_scores: Scores
@@ -66,6 +68,7 @@ def run(
   inputs: Inputs,
   *,
   rounds: int,
+  gone: np.ndarray,
   eval_every: int = 5,
   personalize_every: int = 0,
   eval_clients: int = 0,
@@ -80,6 +83,7 @@ def run(
     simulator: the compiled functions.
     inputs: what is traced.
     rounds: T >= 1.
+    gone: bool [N] by row, clients that never take part or leave for good, as `population.departed` tells.
     eval_every: rounds between evaluations of the global model; 0 for the last round only.
     personalize_every: rounds between evaluations of personal models; 0 for the last round only.
     eval_clients: how many clients are scored, spread evenly over the rows; 0 for all.
@@ -88,28 +92,31 @@ def run(
     on_record: called with the record whenever it has grown, and once at the start of a resumed run.
     progress: whether to show a bar.
   """
+  inputs = simulator.place(inputs)
   population = inputs.federation.id.shape[0]
   rows = _spread(population, eval_clients)
   presence_ids = np.sort(np.asarray(inputs.federation.id)[_spread(population, 256)])
-  gone = np.asarray(simulator.departed(inputs, jnp.int32(rounds)))[np.asarray(inputs.federation.id)]
   record = Record([], [], [], [], [])
   checkpoints = Checkpoints(directory) if directory is not None and checkpoint_every else None
   found = checkpoints.restore(jax.eval_shape(simulator.init, inputs)) if checkpoints else None
   if found:
-    state, record = found[0], Record(**found[1])
+    state, record = simulator.place(found[0]), Record(**found[1])
     on_record(record)
   else:
     state = simulator.init(inputs)
+  restored = len(record.timings)
   done = int(state.round)
 
   def due(every: int, at: int) -> bool:
     return bool(every) and at % every == 0
 
   def evaluate(state: State, at: int, personal: bool) -> tuple[np.ndarray, Scores | None, Scores | None]:
-    dropped = gone | (np.asarray(state.times) == 0)
+    # Before the end, a client that was not sampled yet may still be.
+    dropped = gone | (np.asarray(state.times) == 0) if at == rounds else gone
     bar = progress and at == rounds
-    shared = _score(simulator.score_global, state, inputs, rows, "scoring", bar) if simulator.has_global_model else None
-    own = _score(simulator.score_personal, state, inputs, rows, "personalising", bar) if personal else None
+    score = partial(_score, state=state, inputs=inputs, rows=rows, block=simulator.block, progress=bar)
+    shared = score(simulator.score_global, name="scoring") if simulator.has_global_model else None
+    own = score(simulator.score_personal, name="personalising") if personal else None
     pooled = np.full((), np.nan) if shared is None else metrics.accuracy(pooled_confusion(state, everything))
     record.metrics.append(_line(record, at, dropped[rows], shared, own, float(pooled)))
     return dropped, shared, own
@@ -150,7 +157,7 @@ def run(
   on_record(record)
   assert own is not None
   confusion = partial(pooled_confusion, state) if simulator.has_global_model else None
-  return Result(state, record, rows, presence_ids, dropped, shared, own, confusion)
+  return Result(state, record, rows, presence_ids, restored, dropped, shared, own, confusion)
 
 
 def _line(
@@ -174,10 +181,16 @@ def _line(
 
 
 def _score(
-  function: Callable[..., Scores], state: State, inputs: Inputs, rows: np.ndarray, name: str, progress: bool
+  function: Callable[..., Scores],
+  state: State,
+  inputs: Inputs,
+  rows: np.ndarray,
+  block: int,
+  name: str,
+  progress: bool,
 ) -> Scores:
   """Scores in blocks, so that long work shows progress and one block's shapes serve them all."""
-  block = min(len(rows), 16)
+  block = min(len(rows), block)
   parts = []
   for start in tqdm(
     range(0, len(rows), block), desc=name, unit=f"x{block} clients", disable=not progress, mininterval=_interval()
@@ -225,7 +238,7 @@ def peak_memory_bytes() -> int:
 
 
 class Stopwatch:
-  """Wall seconds of a block, and how many of them XLA spent compiling."""
+  """Wall seconds since a block began, and how many of them XLA spent compiling."""
 
   def __enter__(self) -> "Stopwatch":
     self._compile_seconds, self._compilations = 0.0, 0
@@ -234,7 +247,6 @@ class Stopwatch:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._seconds = time.perf_counter() - self._start
     jax.monitoring.unregister_event_duration_listener(self._listen)
 
   def _listen(self, event: str, duration_secs: float, **_: object) -> None:
@@ -243,9 +255,9 @@ class Stopwatch:
       self._compile_seconds += duration_secs
 
   def read(self) -> dict[str, Any]:
-    """The row of timings.jsonl, once the block has ended."""
+    """The row of timings.jsonl so far."""
     return {
-      "seconds": round(self._seconds, 4),
+      "seconds": round(time.perf_counter() - self._start, 4),
       "compile_seconds": round(self._compile_seconds, 4),
       "compilations": self._compilations,
       "peak_memory_bytes": peak_memory_bytes(),

@@ -1,9 +1,10 @@
 """What one client does: local SGD, fine-tuning, losses, evaluation over a span."""
 
-from apfl_jax.training.batches import Batch, draw, images_of, label_histogram
+from apfl_jax.training.augment import max_shift, shift
+from apfl_jax.training.batches import Batch, draw, gather, label_histogram
 from apfl_jax.training.evaluation import Evaluation, evaluate
 from apfl_jax.training.losses import classification_loss, cross_entropy, predict
-from apfl_jax.training.sgd import descend, fine_tune, local_sgd, num_steps, weight
+from apfl_jax.training.sgd import batches, descend, fine_tune, local_sgd, num_steps, weight
 
 __all__ = [
   "Batch",
@@ -11,13 +12,16 @@ __all__ = [
   "classification_loss",
   "cross_entropy",
   "descend",
+  "batches",
   "draw",
   "evaluate",
   "fine_tune",
-  "images_of",
+  "gather",
   "label_histogram",
   "local_sgd",
+  "max_shift",
   "num_steps",
   "predict",
+  "shift",
   "weight",
 ]

@@ -1,7 +1,7 @@
 """Augmentation of local training, the same for every method.
 
 It costs the global model nothing in the pilots and makes what a generator inverts from it far more class-like
-(method.md 8.4 [P]).
+(method 8.4 [P]).
 """
 
 import jax
@@ -40,8 +40,9 @@ def augment(kind: str, batch: Batch, key: Key) -> Batch:
   if kind == "shift":
     return batch._replace(images=images)
   share = jax.random.uniform(mix_key, (size,), minval=0.5)  # Beta(1, 1), the larger part kept in place
-  partner = lambda x: jnp.roll(x, 1, axis=0)
-  mix = lambda x, s: s * x + (1.0 - s) * partner(x)
+  # The example before, around the real ones: padding is no partner.
+  partner = (jnp.arange(size) - 1) % jnp.maximum(jnp.sum(batch.mask).astype(jnp.int32), 1)
+  mix = lambda x, s: s * x + (1.0 - s) * x[partner]
   targets = mix(batch.targets, share[:, None])
   return Batch(
     images=mix(images, share[:, None, None, None]),

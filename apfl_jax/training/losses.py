@@ -24,7 +24,7 @@ def cross_entropy(logits: Array, targets: Array, classes: Array | None = None) -
     logits: float32 [B, C].
     targets: float32 [B, C], distributions.
     classes: bool [C] or None. The softmax runs over these classes only, so that no other class is pushed down
-      by examples that cannot be of it (method.md 2.4 [O]); targets are renormalised over them.
+      by examples that cannot be of it (method 2.4 [O]); targets are renormalised over them.
 
   Returns:
     float32 [B].

@@ -83,6 +83,6 @@ def batches(task: Task, data: Data, span: Span, key: Key) -> Callable[[Array], B
 def fine_tune(
   task: Task, loss: Callable[[PyTree, Batch], Array], params: PyTree, data: Data, steps: int, key: Key
 ) -> PyTree:
-  """The one fine-tuning that methods share: `steps` SGD steps, the rate falling to 0 along a cosine (method.md 2.8)."""
+  """The one fine-tuning that methods share: `steps` SGD steps, the rate falling to 0 along a cosine (method 2.8)."""
   taken = jnp.where(data.train.size > 0, steps, 0)
   return local_sgd(task, loss, params, data, taken, key, cosine=True)

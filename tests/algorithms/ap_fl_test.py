@@ -22,7 +22,9 @@ def one_run(name, *, rounds=3, head="free", **settings):
   def build(traced):
     model = nn.classifier("mlp", tasks.IMAGE_SHAPE, tasks.NUM_CLASSES, head=head, embeddings=traced["embeddings"])
     sgd = LocalSGD(traced["learning_rate"], tasks.BATCH_SIZE, 1, tasks.STEPS, 12, "examples", "shift")
-    task = Task(tasks.NUM_CLIENTS, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE, traced["embeddings"], model, sgd)
+    task = Task(
+      tasks.NUM_CLIENTS, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE, traced["embeddings"], model, sgd, traced["rounds"]
+    )
     return algorithms.METHODS[name].make(task, **settings), population.everyone()
 
   simulator = simulation.simulator(
@@ -33,7 +35,7 @@ def one_run(name, *, rounds=3, head="free", **settings):
   return state, simulator.score_personal(state, inputs, rows, ok), simulator.score_global(state, inputs, rows, ok)
 
 
-# --- the equalities of the method's row S -----------------------------------------------------------------------------
+# --- the equalities of method 5, row S -----------------------------------------------------------------------------
 
 
 def test_without_synthetic_data_at_lambda_one_it_is_fedavg_with_fine_tuning():
@@ -102,7 +104,7 @@ def test_the_generator_learns_what_the_teacher_takes_for_each_class():
 
   def build(traced):
     task = _task(traced, head="anchored")
-    return algorithms.ap_fl(task, generator_steps=100, generator_warmup=2, friend_steps=2), population.everyone()
+    return algorithms.ap_fl(task, generator_steps=100, generator_warmup=0.2, friend_steps=2), population.everyone()
 
   simulator = simulation.simulator(
     build, inputs, tasks.NUM_CLASSES, population_size=tasks.NUM_CLIENTS, cohort_size=tasks.NUM_CLIENTS
@@ -130,7 +132,9 @@ def _agreement(inputs, server) -> float:
 def _task(traced, *, head) -> Task:
   model = nn.classifier("mlp", tasks.IMAGE_SHAPE, tasks.NUM_CLASSES, head=head, embeddings=traced["embeddings"])
   sgd = LocalSGD(traced["learning_rate"], tasks.BATCH_SIZE, 1, tasks.STEPS, 4, "examples", "none")
-  return Task(tasks.NUM_CLIENTS, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE, traced["embeddings"], model, sgd)
+  return Task(
+    tasks.NUM_CLIENTS, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE, traced["embeddings"], model, sgd, traced["rounds"]
+  )
 
 
 # --- the generator's requests and losses ------------------------------------------------------------------------------
@@ -147,6 +151,11 @@ def test_requests_follow_the_square_root_of_the_counts():
   np.testing.assert_allclose(share, [20 / 35, 0, 10 / 35, 5 / 35, 0], atol=0.02)
   unseen = np.concatenate([r.label[-200:] for r in rows])
   np.testing.assert_allclose(np.bincount(unseen, minlength=5) / len(unseen), [0, 0.5, 0, 0, 0.5], atol=0.03)
+  for size in (10, 11, 24, 25, 128):  # whatever the size, the first rows are pairs and each row is of one kind
+    odd = generation.draw_rows(TABLE, COUNTS, jnp.bool_(True), size, jax.random.key(size))
+    pairs = int(odd.seen.sum()) // 2
+    assert len(odd.label) == size and int(odd.seen.sum()) == 2 * pairs == int((size - 2 * (size // 5)) // 2) * 2
+    np.testing.assert_array_equal(odd.label[: 2 * pairs : 2], odd.label[1 : 2 * pairs : 2])
   one = rows[0]
   np.testing.assert_array_equal(one.label[:600:2], one.label[1:600:2])  # pairs share a label
   np.testing.assert_allclose(np.linalg.norm(one.embedding, axis=1), 1, atol=1e-5)
@@ -206,7 +215,19 @@ def test_each_loss_is_in_the_total_with_its_weight_and_sign(term):
 
   def loss(**weights):
     total = none._replace(**weights)
-    return float(generation.generator_loss(task, generator, total, (), teacher, wanted, rows, jnp.ones(4, bool), key))
+    return float(
+      generation.generator_loss(
+        task,
+        generator,
+        (),
+        teacher,
+        rows,
+        key,
+        weights=total,
+        statistics=wanted,
+        classes=jnp.ones(4, bool),
+      )
+    )
 
   features, taps = task.model.base(teacher.base, images)
   flat = np.asarray(images)

@@ -120,19 +120,32 @@ def test_runs_are_shuffled():
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
-@hypothesis.given(st.integers(3, 30), st.integers(1, 60), st.integers(1, 8), st.integers(0, 1000))
-def test_copies_stay_on_one_side(num_examples, number, num_clients, seed):
+@hypothesis.given(st.integers(100, 150), st.integers(1, 60), st.integers(1, 8), st.integers(0, 1000))
+def test_no_client_trains_on_the_test_example_of_any(num_examples, number, num_clients, seed):
   dataset = _dataset(num_examples)
   rng = np.random.default_rng(seed)
   partition = data.partition.iid(dataset.labels, num_clients, rng=rng, examples_per_client=number)
   federation, _ = data.build(dataset, partition, rng=rng)
-  owned = np.split(partition.index, num_clients)
-  for client in range(num_clients):
+  parts: list[set[int]] = [set(), set(), set()]
+  for client, owned in enumerate(np.split(partition.index, num_clients)):
     runs = _runs(federation, client)
-    train, validation, test = map(set, runs)
-    assert not (train & validation or train & test or validation & test)
-    np.testing.assert_array_equal(np.sort(np.concatenate(runs)), np.sort(owned[client]))
-    assert tuple(map(len, (train, validation, test))) == _expected_sizes(len(set(owned[client])))
+    assert tuple(map(len, runs)) == _expected_sizes(number)
+    held = np.concatenate(runs)
+    np.testing.assert_array_equal(np.sort(dataset.labels[held]), np.sort(dataset.labels[owned]))
+    if len(set(partition.index)) == len(partition.index):
+      np.testing.assert_array_equal(np.sort(held), np.sort(owned))
+    for part, run in zip(parts, runs, strict=True):
+      part |= set(run.tolist())
+  train, validation, test = parts
+  assert not (train & validation or train & test or validation & test)
+
+
+def test_a_class_too_small_for_parts_of_its_own_is_refused():
+  dataset = _dataset(40)
+  lonely = dataset._replace(labels=np.where(np.arange(40) == 0, 4, dataset.labels % 4).astype(np.int32))
+  partition = data.Partition(np.tile(np.arange(40), 5), np.full(5, 40))
+  with pytest.raises(InputError, match="class 4 has too few examples"):
+    data.build(lonely, partition, rng=np.random.default_rng(0))
 
 
 def test_small_and_empty_clients():

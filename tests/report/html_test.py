@@ -177,7 +177,11 @@ def test_binary_prints_the_page(unevaluated):
 
 
 def test_binary_ends_with_one_line_where_there_is_no_run(tmp_path):
-  for arguments in ((f"--workdir={tmp_path / 'nowhere'}",), ("surplus",)):
+  for arguments, word in (
+    ((f"--workdir={tmp_path / 'nowhere'}",), "--workdir"),
+    (("surplus",), "not a flag"),
+    (("--wrong=1",), "wrong"),
+  ):
     result = binary(*arguments)
     assert result.returncode == 2 and result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1 and "--workdir" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and word in result.stderr

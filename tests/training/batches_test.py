@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from apfl_jax import training
+from apfl_jax.training.batches import images_of
 from apfl_jax.types import Span
 
 BATCH, CLASSES, STEPS = 16, 5, 12
@@ -73,7 +74,7 @@ def test_an_empty_span_is_all_padding(drawn, start):
 
 
 def test_images_of_scales_bytes_to_the_unit_interval():
-  got = training.images_of(jnp.arange(256, dtype=jnp.uint8))
+  got = images_of(jnp.arange(256, dtype=jnp.uint8))
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, np.arange(256) / 255, rtol=1e-6)
 

@@ -70,7 +70,7 @@ def linear_task() -> Task:
     head=lambda params, features: features @ params,
   )
   sgd = LocalSGD(jnp.float32(0.1), ROWS, 1, 0, 0, "examples", "none")
-  return Task(1, CLASSES, (2, 2, 1), jnp.eye(CLASSES), model, sgd)
+  return Task(1, CLASSES, (2, 2, 1), jnp.eye(CLASSES), model, sgd, jnp.int32(1))
 
 
 @pytest.mark.parametrize("classes", [None, SOME])

@@ -79,7 +79,7 @@ def logistic(**changes: Any) -> Task:
     base=lambda params, images: (images.reshape(images.shape[0], -1), ()),
     head=lambda params, features: features @ params[0] + params[1],
   )
-  return Task(1, CLASSES, (6, 5, 1), jnp.eye(CLASSES), model, settings(**changes))
+  return Task(1, CLASSES, (6, 5, 1), jnp.eye(CLASSES), model, settings(**changes), jnp.int32(1))
 
 
 def client(store: Store, start: int, size: Array | int) -> Data:

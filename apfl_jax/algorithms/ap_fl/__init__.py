@@ -6,6 +6,7 @@ zero-shot learning, of unseen classes; clients mix models by decoupled interpola
 schedules, coefficients, the friend model) is our reconstruction [O], corrected by pilots [P].
 """
 
-from apfl_jax.algorithms.ap_fl.method import Answering, Server, Shared, ap_fl, samples
+from apfl_jax.algorithms.ap_fl.method import ap_fl, samples
+from apfl_jax.algorithms.ap_fl.state import Answering, Server, Shared
 
 __all__ = ["Answering", "Server", "Shared", "ap_fl", "samples"]

@@ -1,6 +1,6 @@
 """The server's data-free training of the semantic generator, supervised by the global model alone.
 
-Losses and label sampling: method.md 2.6 [O] with the recipe of pilot 8.4 [P] (smooth generator, shifted copies, total
+Losses and label sampling: method 2.6 [O] with the recipe of pilot 8.4 [P] (smooth generator, shifted copies, total
 variation). The teacher is frozen; no example is read.
 """
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from apfl_jax import random
 from apfl_jax.algorithms.ap_fl.statistics import Moments, distance, moments
-from apfl_jax.training import cross_entropy
-from apfl_jax.training.augment import max_shift, shift
+from apfl_jax.training import cross_entropy, max_shift, shift
 from apfl_jax.types import Array, Generator, Key, Params, PyTree, Task
 
 
@@ -43,8 +43,15 @@ class Rows(NamedTuple):
   active: Array
 
 
+def _parts(batch_size: int) -> tuple[int, int, int]:
+  """(pairs of seen rows, hallucinated rows, unseen rows) of a batch: three, one and one fifths of it."""
+  unseen = batch_size // 5
+  pairs = (batch_size - 2 * unseen) // 2
+  return pairs, batch_size - 2 * pairs - unseen, unseen
+
+
 def draw_rows(embeddings: Array, counts: Array, unseen_on: Array, batch_size: int, key: Key) -> Rows:
-  """Draws class requests (method.md 2.6.2).
+  """Draws class requests (method 2.6.2).
 
   Seen classes with probability proportional to the square root of their counts, drawn for pairs of rows that share a
   label; a fifth of the rows ask for a hallucinated class, normalise(s e_a + (1 - s) e_b) with a, b seen and
@@ -57,54 +64,56 @@ def draw_rows(embeddings: Array, counts: Array, unseen_on: Array, batch_size: in
     batch_size: B, at least 10.
     key: consumed.
   """
-  fifth = batch_size // 5
-  pairs = (batch_size - 2 * fifth) // 2
+  pairs, mixed, unseen = _parts(batch_size)
   seen_key, pair_key, share_key, unseen_key = jax.random.split(key, 4)
   frequent = jnp.sqrt(counts)
   any_unseen = jnp.any(counts <= 0)
 
   label = jnp.repeat(random.categorical(seen_key, frequent, (pairs,)), 2)
-  a, b = random.categorical(pair_key, frequent, (2, fifth))
-  share = jax.random.uniform(share_key, (fifth, 1), minval=0.2, maxval=0.8)
-  mixed = share * embeddings[a] + (1 - share) * embeddings[b]
-  mixed = mixed / jnp.maximum(jnp.linalg.norm(mixed, axis=-1, keepdims=True), 1e-6)
+  a, b = random.categorical(pair_key, frequent, (2, mixed))
+  share = jax.random.uniform(share_key, (mixed, 1), minval=0.2, maxval=0.8)
+  between = share * embeddings[a] + (1 - share) * embeddings[b]
+  between = between / jnp.maximum(jnp.linalg.norm(between, axis=-1, keepdims=True), 1e-6)
   # With nothing unseen the draw would be over an empty set; the rows are switched off, the draw only stays finite.
-  unseen = random.categorical(unseen_key, jnp.where(any_unseen, counts <= 0, True).astype(jnp.float32), (fifth,))
+  lost = random.categorical(unseen_key, jnp.where(any_unseen, counts <= 0, True).astype(jnp.float32), (unseen,))
 
-  ones, zeros = (lambda n: jnp.ones(n, jnp.float32)), (lambda n: jnp.zeros(n, jnp.float32))
-  on = (unseen_on & any_unseen).astype(jnp.float32) * ones(fifth)
+  on = (unseen_on & any_unseen).astype(jnp.float32)
+  kinds = lambda *values: jnp.repeat(
+    jnp.stack([jnp.float32(v) for v in values]), np.array([2 * pairs, mixed, unseen]), total_repeat_length=batch_size
+  )
   return Rows(
-    label=jnp.concatenate([label, a, unseen]),
-    embedding=jnp.concatenate([embeddings[label], mixed, embeddings[unseen]]),
-    labelled=jnp.concatenate([ones(2 * pairs), zeros(fifth), on]),
-    seen=jnp.concatenate([ones(2 * pairs), zeros(2 * fifth)]),
-    active=jnp.concatenate([ones(2 * pairs), ones(fifth), on]),
+    label=jnp.concatenate([label, a, lost]),
+    embedding=jnp.concatenate([embeddings[label], between, embeddings[lost]]),
+    labelled=kinds(1, 0, on),
+    seen=kinds(1, 0, 0),
+    active=kinds(1, 1, on),
   )
 
 
 def generator_loss(
   task: Task,
   generator: Generator,
-  weights: Weights,
   params: PyTree,
   teacher: Params,
-  statistics: tuple[Moments, ...],
   rows: Rows,
-  classes: Array,
   key: Key,
+  *,
+  weights: Weights,
+  statistics: tuple[Moments, ...],
+  classes: Array,
 ) -> Array:
   """L = L_ce + weights . (L_st, L_div, L_sem, L_tv) for one batch, [].
 
   Args:
     task: the task.
     generator: the generator's functions.
-    weights: of the losses.
     params: the generator's parameters.
     teacher: the global model, frozen.
-    statistics: of real pre-activations, from clients.
     rows: what is asked for.
-    classes: bool [C], the classes of the teacher's softmax: seen ones, and unseen ones while they are asked for.
     key: consumed.
+    weights: of the losses.
+    statistics: of real pre-activations, from clients; () leaves L_st out.
+    classes: bool [C], the classes of the teacher's softmax: seen ones, and unseen ones while they are asked for.
   """
   noise_key, shift_key = jax.random.split(key)
   size = rows.label.shape[0]
@@ -117,13 +126,14 @@ def generator_loss(
   logits = task.model.head(teacher.head, features)
   targets = jnp.tile(jax.nn.one_hot(rows.label, task.num_classes), (2, 1))
   labelled = jnp.tile(rows.labelled, 2)
-  loss = 2.0 * jnp.sum(labelled * cross_entropy(logits, targets, classes)) / jnp.sum(labelled)
+  each = jnp.where(labelled > 0, cross_entropy(logits, targets, classes), 0.0)
+  loss = 2.0 * jnp.sum(each) / jnp.sum(labelled)
   features, taps = features[:size], jax.tree.map(lambda x: x[:size], taps)
   if statistics:
     loss += weights.statistics * distance(moments(taps, rows.seen), statistics)
 
   # Mode seeking (Mao et al. 2019) on the same-label pairs, with means in place of norms so that size drops out.
-  pairs = int(size - 2 * (size // 5)) // 2
+  pairs, _, _ = _parts(size)
   first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
   moved = jnp.mean(jnp.abs(images[first] - images[second]), axis=(1, 2, 3))
   spread = jnp.mean(jnp.abs(noise[first] - noise[second]), axis=1)
@@ -133,7 +143,7 @@ def generator_loss(
     meant = task.model.semantics(teacher.head, features)
     meant = meant / jnp.maximum(jnp.linalg.norm(meant, axis=-1, keepdims=True), 1e-6)
     off = jnp.sum((meant - rows.embedding) ** 2, axis=-1)
-    loss += weights.semantic * jnp.sum(rows.active * off) / jnp.sum(rows.active)
+    loss += weights.semantic * jnp.sum(jnp.where(rows.active > 0, off, 0.0)) / jnp.sum(rows.active)
 
   # Total variation beyond what natural images have (8.4: hinge at .16).
   down = jnp.mean(jnp.abs(images[:, 1:] - images[:, :-1]), axis=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""Decoupled interpolation: one coefficient for the base, another for the head (method.md 2.9 [O]; the idea is [R]).
+"""Decoupled interpolation: one coefficient for the base, another for the head (method 2.9 [O]; the idea is [R]).
 
   w_P = (lambda_b b_L + (1 - lambda_b) b_F,  lambda_h h_L + (1 - lambda_h) h_F)
 
@@ -16,7 +16,10 @@ Objective = Callable[[PyTree, PyTree], Array]  # (base, heads stacked [P, ...]) 
 
 
 def _mix(local: PyTree, friend: PyTree, share: Array | float) -> PyTree:
-  return jax.tree.map(lambda a, b: share * a + (1.0 - share) * b, local, friend)
+  # Exact at the ends, also where the other end is not finite.
+  return jax.tree.map(
+    lambda a, b: jnp.where(share == 1.0, a, jnp.where(share == 0.0, b, share * a + (1.0 - share) * b)), local, friend
+  )
 
 
 def interpolate(local: Params, friend: Params, lambda_base: Array | float, lambda_head: Array | float) -> Params:
@@ -25,7 +28,7 @@ def interpolate(local: Params, friend: Params, lambda_base: Array | float, lambd
 
 
 def by_size(size: Array) -> tuple[Array, Array]:
-  """(lambda_b, lambda_h) from the number of training examples alone (method.md 2.9 c), n0 = 50.
+  """(lambda_b, lambda_h) from the number of training examples alone (method 2.9 c), n0 = 50.
 
   n / (n + 4 n0) and n / (n + n0 / 4): with few examples the features are shared for longer than the classifier.
   """
@@ -57,7 +60,7 @@ def choose(
     points: coefficients an axis of the grid.
     on_grid: bool [], whether the pair of the smallest J on the grid is chosen; `pair` otherwise.
     pair: (lambda_b, lambda_h), [] each.
-    guarded: bool [], whether L, F or the start replaces the choice if its J is smaller (method.md 2.9, guard).
+    guarded: bool [], whether L, F or the start replaces the choice if its J is smaller (method 2.9, guard).
   """
   grid = jnp.linspace(0.0, 1.0, points)
   base_shares = jnp.concatenate([grid, jnp.stack([pair[0], jnp.zeros(())])])
@@ -72,6 +75,7 @@ def choose(
     return objective(base, jax.tree.map(pick, start.head, heads))
 
   values = jax.lax.map(row, (base_shares, is_start))  # [points + 2, points + 1]
+  values = jnp.where(jnp.isfinite(values), values, jnp.inf)  # a model that diverged is never chosen for it
   surface = values[:points, :points]
   best = jnp.argmin(surface)
   lambda_base = jnp.where(on_grid, grid[best // points], pair[0])

@@ -1,11 +1,11 @@
 """AP-FL as an `Algorithm`: rounds over survivors, generator steps on the server, personalisation from one download.
 
-Steps follow method.md: 2.5 the rounds, 2.6 the generator, 2.8 the returning client, 2.9 the interpolation. Where the
+Steps follow method: 2.5 the rounds, 2.6 the generator, 2.8 the returning client, 2.9 the interpolation. Where the
 pilots of its sections 7 and 8 contradict the reconstruction they win: the friend learns from the generator's labels
 alone (no distillation), and the coefficients are the plain minimum on a 6 x 6 grid with rho = .3.
 """
 
-from typing import NamedTuple
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -14,109 +14,45 @@ import optax
 from apfl_jax import nn, random, training
 from apfl_jax.algorithms.ap_fl import generation
 from apfl_jax.algorithms.ap_fl.interpolation import by_size, choose, interpolate
+from apfl_jax.algorithms.ap_fl.state import Answering, Sent, Server, Shared
 from apfl_jax.algorithms.ap_fl.statistics import Moments, moments
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.errors import InputError
-from apfl_jax.training.batches import gather
-from apfl_jax.training.sgd import batches
-from apfl_jax.types import Algorithm, Array, Download, Key, Params, PyTree, Task, Upload
+from apfl_jax.settings import Count, Limits, Positive, Share, Weight
+from apfl_jax.types import Algorithm, Array, Download, Key, Task, Upload
 
 INTERPOLATIONS = ("grid", "size", "fixed")
-_MANY_VALIDATION = 20  # examples under which the grid is not trusted (method.md 2.9 c)
+_MANY_VALIDATION = 20  # examples under which the grid is not trusted (method 2.9 c)
 # Folded into a key that is also used as it is: the children of a split are fold_in of 0, 1, ..., so no small number.
 _APART = 0x41502D46
 _LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
 _TRUST_SAMPLES = 16  # a class, for the mean teacher probability
 
 
-class Answering(NamedTuple):
-  """A model and the classes that it answers with.
-
-  Under the masked softmax nothing holds down the logits of classes that nobody taught, so an anchored head would
-  answer with them at random. They are left out until something says that they can be trusted.
-
-  Attributes:
-    params: the classifier.
-    answers: bool [C].
-  """
-
-  params: Params
-  answers: Array
-
-
-class Shared(NamedTuple):
-  """What a client downloads.
-
-  Attributes:
-    params: the global model.
-    seen: bool [C], classes that some client held whose upload ever arrived.
-    generator: the generator's averaged parameters.
-    trust: float32 [C] in [0, 1], how far synthetic samples of a class are to be believed; 0 where unseen.
-  """
-
-  params: Params
-  seen: Array
-  generator: PyTree
-  trust: Array
-
-
-class Server(NamedTuple):
-  """The server between rounds.
-
-  Attributes:
-    params: the global model.
-    rounds: int32 [], aggregations so far.
-    counts: float32 [C], training examples a class over clients that ever arrived, each client once.
-    counted: bool [N], clients that are in `counts`.
-    statistics: Moments of each layer, from the last cohort; () when off.
-    generator: parameters in training.
-    average: their exponential moving average, what clients get.
-    optimizer: the generator's optax state.
-    trust: float32 [C].
-  """
-
-  params: Params
-  rounds: Array
-  counts: Array
-  counted: Array
-  statistics: tuple[Moments, ...]
-  generator: PyTree
-  average: PyTree
-  optimizer: PyTree
-  trust: Array
-
-
-class Sent(NamedTuple):
-  """What a client's update holds, averaged by the server with the clients' weights."""
-
-  delta: Params
-  statistics: tuple[Moments, ...]
-
-
 def ap_fl(
   task: Task,
   *,
-  generator_steps: int = 20,
-  generator_batch: int = 128,
-  generator_learning_rate: float = 1e-3,
-  generator_warmup: int = 4,
-  unseen_warmup: int = 20,
-  generator_decay: float = 0.99,
+  generator_steps: Count = 20,
+  generator_batch: Annotated[int, Limits(least=10)] = 128,
+  generator_learning_rate: Positive = 1e-3,
+  generator_warmup: Share = 0.1,
+  unseen_warmup: Share = 0.5,
+  generator_decay: Share = 0.99,
   layer_statistics: bool = True,
-  lambda_statistics: float = 1.0,
-  lambda_diversity: float = 0.02,
-  lambda_semantic: float = 0.5,
-  lambda_variation: float = 1.0,
+  lambda_statistics: Weight = 1.0,
+  lambda_diversity: Weight = 0.02,
+  lambda_semantic: Weight = 0.5,
+  lambda_variation: Weight = 1.0,
   mask_softmax: bool = True,
   answer_unseen: bool = False,
-  friend_steps: int = 100,
-  beta: float = 0.5,
-  synthetic_examples: int = 512,
-  interpolation: str = "grid",
-  grid_points: int = 6,
-  rho: float = 0.3,
-  lambda_base: float = 0.3,
-  lambda_head: float = 0.7,
+  friend_steps: Count = 100,
+  beta: Share = 0.5,
+  synthetic_examples: Annotated[int, Limits(least=1)] = 512,
+  interpolation: Annotated[str, Limits(choices=INTERPOLATIONS)] = "grid",
+  grid_points: Annotated[int, Limits(least=2)] = 6,
+  rho: Weight = 0.3,
+  lambda_base: Share = 0.3,
+  lambda_head: Share = 0.7,
 ) -> Algorithm:
   """AP-FL, reconstructed [O].
 
@@ -125,8 +61,8 @@ def ap_fl(
     generator_steps: Adam steps of the generator a round.
     generator_batch: rows of its batch.
     generator_learning_rate: of Adam (beta1 .5), falling by 2 % a round as FedGen's does [C].
-    generator_warmup: rounds before the generator is trained.
-    unseen_warmup: rounds before it is asked for unseen classes.
+    generator_warmup: share of the run's rounds before the generator is trained.
+    unseen_warmup: share of the run's rounds before it is asked for unseen classes.
     generator_decay: of the moving average of its parameters.
     layer_statistics: whether clients send channel moments of their pre-activations (tier S1) and L_st uses them.
     lambda_statistics: weight of L_st.
@@ -144,16 +80,9 @@ def ap_fl(
     lambda_base: the base's coefficient where 'fixed': 1 is the local model, 0 the friend.
     lambda_head: the head's.
   """
-  if interpolation not in INTERPOLATIONS:
-    raise InputError(f"ap_fl_interpolation: got {interpolation!r}, accepted are {', '.join(INTERPOLATIONS)}")
-  if not 0 <= friend_steps <= task.sgd.personal_steps:
+  if friend_steps > task.sgd.personal_steps:
     raise InputError(
       f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to personal_steps={task.sgd.personal_steps}"
-    )
-  if generator_batch < 10 or synthetic_examples < 1 or grid_points < 2:
-    raise InputError(
-      "ap_fl: accepted are generator_batch >= 10, synthetic_examples >= 1, grid_points >= 2;"
-      f" got {generator_batch}, {synthetic_examples}, {grid_points}"
     )
   model, num_classes = task.model, task.num_classes
   generator = nn.generator(task.image_shape, task.embeddings.shape[1])
@@ -161,6 +90,7 @@ def ap_fl(
   schedule = optax.exponential_decay(generator_learning_rate, max(generator_steps, 1), 0.98)
   optimizer = optax.adam(schedule, b1=0.5)
   held_out = max(1, synthetic_examples // 4)
+  warmup = jnp.floor(generator_warmup * task.rounds).astype(jnp.int32)
 
   def own_classes(shared, data):
     """The client's label histogram, the classes that it can answer with, and those of its softmax (None for all)."""
@@ -172,7 +102,7 @@ def ap_fl(
 
   def init(key):
     params = model.init(key)  # every method's model starts alike under one seed
-    weights = generator.init(jax.random.fold_in(key, _APART))
+    drawn = generator.init(jax.random.fold_in(key, _APART))
     statistics: tuple[Moments, ...] = ()
     if layer_statistics:
       blank = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
@@ -184,9 +114,9 @@ def ap_fl(
       counts=jnp.zeros(num_classes),
       counted=jnp.zeros(task.num_clients, bool),
       statistics=statistics,
-      generator=weights,
-      average=jax.tree.map(jnp.copy, weights),
-      optimizer=optimizer.init(weights),
+      generator=drawn,
+      average=jax.tree.map(jnp.copy, drawn),
+      optimizer=optimizer.init(drawn),
       trust=jnp.zeros(num_classes),
     )
 
@@ -202,7 +132,9 @@ def ap_fl(
     delta = jax.tree.map(lambda new, old: new - old, params, shared.params)
     statistics: tuple[Moments, ...] = ()
     if layer_statistics:
-      batch = batches(task, data, data.train, jax.random.fold_in(key, _APART))(jnp.int32(0))
+      # One batch as it is, without augmentation, of what can be many examples [O].
+      apart = jax.random.fold_in(key, _APART)
+      batch = training.draw(data.store, data.train, jnp.int32(0), task.sgd.batch_size, num_classes, apart)
       statistics = moments(model.base(params.base, batch.images)[1], batch.mask)
     weight = training.weight(task.sgd, data.train.size)
     return client, Upload(update=Sent(delta, statistics), weight=weight, kept=histogram)
@@ -219,7 +151,7 @@ def ap_fl(
     )
     if not generator_steps:
       return server
-    return jax.lax.cond(server.rounds > generator_warmup, train_generator, lambda server, key: server, server, key)
+    return jax.lax.cond(server.rounds > warmup, train_generator, lambda server, key: server, server, key)
 
   # --- the generator --------------------------------------------------------------------------------------------------
 
@@ -227,7 +159,7 @@ def ap_fl(
     step_key, trust_key = jax.random.split(key)
     seen = server.counts > 0
     # A free head's logits of unseen classes were never trained: asking it for them would be asking for noise.
-    unseen_on = (server.rounds > unseen_warmup) & (model.semantics is not None)
+    unseen_on = (server.rounds > unseen_warmup * task.rounds) & (model.semantics is not None)
     classes = seen | unseen_on
 
     def step(i, carry):
@@ -236,13 +168,21 @@ def ap_fl(
       rows = generation.draw_rows(task.embeddings, server.counts, unseen_on, generator_batch, rows_key)
       gradient = jax.grad(
         lambda p: generation.generator_loss(
-          task, generator, weights, p, server.params, server.statistics, rows, classes, loss_key
+          task,
+          generator,
+          p,
+          server.params,
+          rows,
+          loss_key,
+          weights=weights,
+          statistics=server.statistics,
+          classes=classes,
         )
       )(params)
       updates, state = optimizer.update(gradient, state)
       params = optax.apply_updates(params, updates)
       # A young average forgets faster, or it would remember the untrained generator.
-      age = (server.rounds - generator_warmup - 1) * generator_steps + i
+      age = (server.rounds - warmup - 1) * generator_steps + i
       decay = jnp.minimum(generator_decay, (1.0 + age) / (10.0 + age))
       average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
       return params, state, average
@@ -276,8 +216,10 @@ def ap_fl(
     images = generation.sample(generator, shared.generator, task.embeddings, label, sample_key)
     synthetic = training.Batch(images, jax.nn.one_hot(label, num_classes), shared.trust[label])
 
-    real_batch = batches(task, data, data.train, friend_key)
+    real_batch = training.batches(task, data, data.train, friend_key)
     batch_size = task.sgd.batch_size
+    # With nothing to be trusted the friend learns from real data alone, at the full rate.
+    share = jnp.where(jnp.any(shared.trust > 0), beta, 0.0)
 
     def friend_loss(params, step):
       real = real_batch(step)
@@ -285,8 +227,8 @@ def ap_fl(
       made = jax.tree.map(lambda x: x[rows], synthetic)
       both = jax.tree.map(lambda *x: jnp.concatenate(x), real, made)  # one pass through the model
       each = training.cross_entropy(training.predict(model, params, both.images).logits, both.targets, softmax)
-      own, trusted = jnp.split(both.mask * each, 2)
-      return (1 - beta) * jnp.sum(own) / jnp.maximum(jnp.sum(real.mask), 1.0) + beta * jnp.mean(trusted)
+      own, trusted = jnp.split(jnp.where(both.mask > 0, both.mask * each, 0.0), 2)
+      return (1 - share) * jnp.sum(own) / jnp.maximum(jnp.sum(real.mask), 1.0) + share * jnp.mean(trusted)
 
     steps = jnp.where(data.train.size > 0, friend_steps, 0)
     friend = training.descend(friend_loss, shared.params, steps, task.sgd.learning_rate, cosine=True)
@@ -321,11 +263,11 @@ def ap_fl(
       features, _ = model.base(base, batch.images)
       logits = jax.vmap(lambda head: model.head(head, features))(heads)
       each = jax.vmap(lambda x: training.cross_entropy(x, batch.targets, softmax))(logits)
-      return each @ batch.mask
+      return jnp.where(batch.mask > 0, each, 0.0) @ batch.mask
 
     def objective(base, heads):
       def add(i, total):
-        batch = gather(data.store, data.validation, i * block + jnp.arange(block), num_classes)
+        batch = training.gather(data.store, data.validation, i * block + jnp.arange(block), num_classes)
         return total + summed(base, heads, batch)
 
       points = jax.tree.leaves(heads)[0].shape[0]

@@ -20,18 +20,19 @@ class Moments(NamedTuple):
 
 
 def moments(taps: tuple[Array, ...], mask: Array) -> tuple[Moments, ...]:
-  """Moments of each pre-activation [B, ..., channels] over rows and places; `mask` float32 [B] leaves rows out."""
+  """Moments of each pre-activation [B, ..., channels] over rows and places; `mask` float32 [B], 1 counts a row."""
 
   def of(tap):
     rows = tap.reshape(tap.shape[0], -1, tap.shape[-1])  # [B, places, channels]
-    average = lambda x: jnp.einsum("b,bpc->c", mask, x) / jnp.maximum(jnp.sum(mask) * rows.shape[1], 1.0)
-    return Moments(average(rows), average(rows**2))
+    kept = jnp.where(mask[:, None, None] > 0, rows, 0.0)
+    average = lambda x: jnp.sum(x, axis=(0, 1)) / jnp.maximum(jnp.sum(mask) * rows.shape[1], 1.0)
+    return Moments(average(kept), average(kept**2))
 
   return tuple(of(tap) for tap in taps)
 
 
 def distance(found: tuple[Moments, ...], wanted: tuple[Moments, ...]) -> Array:
-  """L_st of method.md 2.6 [O], a scale-free form of DeepInversion (Yin et al. 2020); [] >= 0, 0 where equal.
+  """L_st of method 2.6 [O], a scale-free form of DeepInversion (Yin et al. 2020); [] >= 0, 0 where equal.
 
   sum_l mean_k (m - m')^2 / mean_k v'  +  0.1 mean_k log((v + 1e-4) / (v' + 1e-4))^2
   """
