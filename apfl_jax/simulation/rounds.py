@@ -170,14 +170,16 @@ def simulator(
     delay = jnp.minimum(there.delay, now)
     fresh_enough = delay < versions
 
+    # All that a client's function reads comes through `shared`: what it would close over is not on every device.
     def client(shared, item):
-      federation, history = shared
+      inputs, history = shared
+      algorithm, _ = build(inputs.settings)
       slot, own, row, visit, client, arrives = item
       download = Download(jax.tree.map(lambda h: h[slot], history), own)
-      new = algorithm.init_client(download, random.key(seed, Purpose.CLIENT, visit.id))
+      new = algorithm.init_client(download, random.key(inputs.seed, Purpose.CLIENT, visit.id))
       client = jax.tree.map(lambda a, b: jnp.where(visit.times == 0, a, b), new, client)
-      key = random.key(seed, Purpose.LOCAL_UPDATE, visit.round, visit.id)
-      client, upload = algorithm.local_update(download, client, _data(federation, row), visit, key)
+      key = random.key(inputs.seed, Purpose.LOCAL_UPDATE, visit.round, visit.id)
+      client, upload = algorithm.local_update(download, client, _data(inputs.federation, row), visit, key)
       arrived = arrives & _finite((upload.update, upload.weight, upload.kept))
       weight = jnp.where(arrived, upload.weight, 0.0)
       total = jax.tree.map(lambda u: jnp.where(arrived, weight * u, jnp.zeros_like(u)), upload.update)
@@ -195,7 +197,7 @@ def simulator(
     mine = jax.tree.map(lambda x: x[row], state.clients)
     own = jax.tree.map(lambda x: x[ids], download.own)
     items = ((now - delay) % versions, own, row, visit, mine, there.arrives & fresh_enough)
-    (total, weight), (mine, kept, arrived) = over_clients(client)((federation, history), items, ok)
+    (total, weight), (mine, kept, arrived) = over_clients(client)((inputs, history), items, ok)
 
     received = Received(total, weight, kept, ids, arrived, delay)
     server = jax.lax.cond(
@@ -245,13 +247,13 @@ def simulator(
   def score_global(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:
     algorithm, _ = build(inputs.settings)
     model = algorithm.global_model(state.server)
-    nothing = Span(jnp.int32(0), jnp.int32(0))
 
     def one(shared, row):
-      federation, model = shared
-      return (), score(algorithm.predict, federation, nothing, model, row)
+      inputs, model = shared
+      nothing = Span(jnp.int32(0), jnp.int32(0))
+      return (), score(build(inputs.settings)[0].predict, inputs.federation, nothing, model, row)
 
-    return over_clients(one)((inputs.federation, model), rows, ok)[1]
+    return over_clients(one)((inputs, model), rows, ok)[1]
 
   @compiled
   def score_pooled(state: State, inputs: Inputs, classes: Array) -> Array:
@@ -262,27 +264,28 @@ def simulator(
   @compiled
   def score_personal(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:
     algorithm, _ = build(inputs.settings)
-    federation, seed = inputs.federation, inputs.seed
+    federation = inputs.federation
     download = algorithm.download(state.server)
 
     def one(shared, item):
-      federation, pooled, common = shared
+      inputs, common, now = shared
       own, row, id, times, client = item
+      algorithm, _ = build(inputs.settings)
       download = Download(common, own)
-      new = algorithm.init_client(download, random.key(seed, Purpose.CLIENT, id))
+      new = algorithm.init_client(download, random.key(inputs.seed, Purpose.CLIENT, id))
       client = jax.tree.map(lambda a, b: jnp.where(times == 0, a, b), new, client)
       nothing = jnp.int32(0)
-      visit = Visit(id, state.round, times, nothing, jnp.float32(1.0), nothing)
+      visit = Visit(id, now, times, nothing, jnp.float32(1.0), nothing)
       # The same key at every round: choosing when to return is not choosing luck.
-      key = random.key(seed, Purpose.PERSONALIZE, id)
-      model = algorithm.personalize(download, client, _data(federation, row), visit, key)
-      return (), score(algorithm.predict, federation, pooled, model, row)
+      key = random.key(inputs.seed, Purpose.PERSONALIZE, id)
+      model = algorithm.personalize(download, client, _data(inputs.federation, row), visit, key)
+      return (), score(algorithm.predict, inputs.federation, inputs.pooled, model, row)
 
     ids = federation.id[rows]
     mine = jax.tree.map(lambda x: x[rows], state.clients)
     own = jax.tree.map(lambda x: x[ids], download.own)
     items = (own, rows, ids, state.times[rows], mine)
-    return over_clients(one)((federation, inputs.pooled, download.shared), items, ok)[1]
+    return over_clients(one)((inputs, download.shared, state.round), items, ok)[1]
 
   def has_global_model(inputs):
     algorithm, _ = build(inputs.settings)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,29 @@ def test_a_finished_run_is_left_as_it_is(finished):
   assert result.returncode == 0, result.stderr
   assert stamp() == before
   assert result.stdout == output
+
+
+def test_two_devices_give_the_same_and_compile_once(finished, tmp_path):
+  workdir, _ = finished
+  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  flags = (f"--workdir={tmp_path}/two", *TINY)
+  result = subprocess.run(command(*flags), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr
+  timings = [json.loads(line) for line in (tmp_path / "two" / "timings.jsonl").read_text().splitlines()]
+  assert [row["compilations"] for row in timings[1:-1]] == [0, 0, 0]
+  one, two = (json.loads((path / "summary.json").read_text()) for path in (workdir, tmp_path / "two"))
+  assert two["device"].startswith("2 x")
+  for name in ("personal_accuracy", "global_accuracy"):
+    assert two[name] == pytest.approx(one[name], abs=1e-3, nan_ok=True)
+
+
+def test_a_run_killed_before_its_report_gets_it(finished, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(finished[0], copy)
+  (copy / "report.html").unlink()
+  result = train(f"--workdir={copy}", *TINY)
+  assert result.returncode == 0, result.stderr
+  assert (copy / "report.html").is_file()
 
 
 def kill_in_the_middle(workdir: Path, *flags: str) -> None:
