@@ -153,6 +153,10 @@ def from_flags() -> Config:
   """The Config that the parsed flags say."""
   values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in fields()}
   method = values["algorithm"]
+  for other in algorithms.METHODS:
+    for name in algorithms.settings(other) if other != method else ():
+      if flags.FLAGS[f"{other}_{name}"].present:
+        print(f"note: --{other}_{name} has no effect on --algorithm={method}", file=sys.stderr)
   if method in algorithms.METHODS:
     values["settings"] = {name: flags.FLAGS[f"{method}_{name}"].value for name in algorithms.settings(method)}
   return Config(**values)
@@ -181,6 +185,11 @@ def main(run: Any) -> None:
       return run(arguments)
     except InputError as error:
       _fail(str(error))
+    except OSError as error:
+      _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+      print("stopped; the same command goes on from its last checkpoint", file=sys.stderr, flush=True)
+      sys.exit(130)
 
   logging.set_verbosity(logging.ERROR)  # libraries tell below that what no user asked: devices not found, folders
   app.run(guarded, flags_parser=parse)
@@ -188,7 +197,7 @@ def main(run: Any) -> None:
 
 def _one_line(error: flags.Error) -> str:
   """An absl flag error in our form: flag, what it got, what it takes."""
-  text = str(error).replace("\n", " ")
+  text = str(error).replace("\n", " ").removeprefix("ERROR:: ")
   if text.startswith("flag --") and "=" in text.split(":")[0]:
     name, _, value = text[len("flag --") :].split(": ")[0].partition("=")
     kind = flags.FLAGS[name].value if name in flags.FLAGS else None

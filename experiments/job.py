@@ -139,6 +139,7 @@ def run(config: Config) -> dict[str, Any]:
   workdir = workdir.absolute()
   finished = _claim(workdir, config, write=False)
   if finished:
+    print("this run is finished; nothing is computed", file=sys.stderr)
     if not (workdir / "report.html").is_file():  # killed just before
       _draw(workdir)
     return _announced(finished, workdir)
@@ -251,30 +252,32 @@ def _write_record(workdir: Path, record: simulation.Record) -> None:
 
 
 def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: np.ndarray) -> None:
-  """clients.csv: a line for each client that was scored."""
-  federation, times = job.inputs.federation, np.asarray(result.state.times)
+  """clients.csv: a line for each client; accuracies are empty where it was not scored."""
+  federation = job.inputs.federation
+
+  def cells(values: np.ndarray) -> list[str]:
+    everyone = np.full(len(result.dropped), np.nan)
+    everyone[result.rows] = values
+    return ["" if np.isnan(value) else repr(float(value)) for value in everyone]
+
   columns: dict[str, Iterable[Any]] = {
-    "client": np.asarray(federation.id)[result.rows],
-    "dropped": result.dropped[result.rows].astype(int),
-    "rounds_present": times[result.rows],
-    "train_size": np.asarray(federation.train.size)[result.rows],
-    "validation_size": np.asarray(federation.validation.size)[result.rows],
-    "test_size": np.asarray(federation.test.size)[result.rows],
-    "classes": [" ".join(map(str, np.flatnonzero(row))) for row in histogram[result.rows]],
-    "personal_accuracy": _cells(metrics.accuracy(result.personal_scores.own)),
-    "global_accuracy": _cells(
+    "client": np.asarray(federation.id),
+    "dropped": result.dropped.astype(int),
+    "rounds_present": np.asarray(result.state.times),
+    "train_size": np.asarray(federation.train.size),
+    "validation_size": np.asarray(federation.validation.size),
+    "test_size": np.asarray(federation.test.size),
+    "classes": [" ".join(map(str, np.flatnonzero(row))) for row in histogram],
+    "personal_accuracy": cells(metrics.accuracy(result.personal_scores.own)),
+    "global_accuracy": cells(
       metrics.accuracy(result.global_scores.own) if result.global_scores else np.full(len(result.rows), np.nan)
     ),
-    "pooled_accuracy": _cells(metrics.accuracy(result.personal_scores.pooled)),
+    "pooled_accuracy": cells(metrics.accuracy(result.personal_scores.pooled)),
   }
   with replacing(path) as temporary, open(temporary, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
-
-
-def _cells(values: np.ndarray) -> list[str]:
-  return ["" if np.isnan(value) else repr(float(value)) for value in values]
 
 
 def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:

@@ -75,7 +75,7 @@ _CAPTIONS = {
     "What the generator draws",
     "Each row is a class. The server never saw a real image: it draws what the global model takes for that class. Of a "
     "class marked unseen not even the global model met an example; its images come from the meaning of the class "
-    "alone, so expect little of them.",
+    "alone, so expect little of them. The images need not look real: they are to carry what the global model knows.",
   ),
   "confusion": (
     "What the global model confuses",
@@ -142,16 +142,18 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
 def _setting(run: runs.Run) -> str:
   """One sentence on what was simulated."""
   summary, dropped = run.summary, int(run.clients.dropped.sum())
+  scored = int((~np.isnan(run.clients.personal_accuracy) | ~np.isnan(run.clients.global_accuracy)).sum())
   flags = dict(line.removeprefix("--").split("=", 1) for line in run.flags if "=" in line)
   partition = summary.get("partition")
   if partition == "dirichlet" and "alpha" in flags:
     partition = f"dirichlet, alpha {flags['alpha']}"
   parts = [
-    f"{summary['num_clients']:,} clients" + (f", {dropped:,} of them dropped" if dropped else ""),
+    tables.counted(summary["num_clients"], "client") + (f", {dropped:,} of them dropped" if dropped else ""),
     f"partition: {partition}" if partition else "",
     f"dropout: {summary['dropout']}" if summary.get("dropout") else "",
-    f"{summary['rounds']:,} rounds",
+    tables.counted(summary["rounds"], "round"),
     f"seed {summary['seed']}",
+    f"accuracies of {scored:,} of the clients" if scored < run.clients.id.size else "",
   ]
   return "; ".join(filter(None, parts)) + "."
 

@@ -78,8 +78,13 @@ def _curves(figure: Figure, run: Run) -> bool:
     values = 100 * np.array([np.nan if line.get(key) is None else line[key] for line in run.metrics], float)
     known = ~np.isnan(values)
     if known.any():
-      marker = "o" if known.sum() <= 25 else ""
-      axes.plot(rounds[known], values[known], style, color=color, marker=marker, ms=4, lw=1.8, label=label)
+      # Personal models are often scored once, at the end: a lone point must tell itself from the global model's.
+      look: dict[str, Any] = (
+        {"marker": "D", "ms": 6, "mec": "white"} if style == "-" else {"marker": "o", "ms": 5, "mfc": "white"}
+      )
+      if known.sum() > 25:
+        look = {}
+      axes.plot(rounds[known], values[known], style, color=color, lw=1.8, label=label, clip_on=False, **look)
     return bool(known.any())
 
   own, pooled = figure.subplots(1, 2, sharex=True, sharey=True, width_ratios=[3, 2])

@@ -44,7 +44,12 @@ def rows(summary: dict[str, Any]) -> list[Row]:
 
 def percent(value: float | None, missing: str = "-") -> str:
   """A share in percent with one decimal, or `missing` for None and nan."""
-  return missing if value is None or value != value else f"{100 * value:.1f}"
+  return missing if value is None or value != value else f"{round(100 * value, 6):.1f}"
+
+
+def counted(number: int, noun: str) -> str:
+  """A number with its noun, e.g. '1 client' or '2,000 clients'."""
+  return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def title(summary: dict[str, Any]) -> str:
@@ -74,7 +79,7 @@ def table(summary: dict[str, Any]) -> str:
     width = sum(widths[start : start + size]) + 2 * (size - 1)
     header.append(f" {group} ".center(width, "-"))
     start += size
-  setting = f"{title(summary)}, {summary['num_clients']:,} clients, {summary['rounds']:,} rounds"
+  setting = f"{title(summary)}, {counted(summary['num_clients'], 'client')}, {counted(summary['rounds'], 'round')}"
   return "\n".join(
     [
       f"Test accuracy in percent: {setting}"[:_WIDEST],

@@ -32,7 +32,13 @@ class Checkpoints:
     if step in self._manager.all_steps():
       self._manager.delete(step)
     items = args.Composite(state=args.StandardSave(state._asdict()), record=args.JsonSave(record))
-    self._manager.save(step, args=items)
+    try:
+      self._manager.save(step, args=items)
+    except (OSError, ValueError, RuntimeError) as error:
+      reason = "no space left on device" if "No space left" in str(error) else str(error).splitlines()[0][:120]
+      raise InputError(
+        f"workdir: the checkpoint of round {step} cannot be written ({reason}); free it or name another"
+      ) from error
 
   def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
     """The newest readable (state, record), or None where there is none yet. `like` gives shapes and dtypes.

@@ -102,6 +102,8 @@ def run(
   if found:
     state, record = simulator.place(found[0]), Record(**found[1])
     on_record(record)
+    if progress:
+      tqdm.write(f"going on from the checkpoint of round {int(state.round)}", file=sys.stderr)
   else:
     state = simulator.init(inputs)
   restored = len(record.timings)
@@ -129,6 +131,8 @@ def run(
   with tqdm(
     total=rounds, initial=done, desc="rounds", unit="round", disable=not progress, mininterval=_interval()
   ) as bar:
+    bar.set_postfix_str("compiling")
+    text = ""
     while done < rounds:
       cadences = [c for c in (eval_every, personalize_every, checkpoint_every) if c]
       size = min([simulator.chunk, rounds - done, *(c - done % c for c in cadences)])
@@ -143,7 +147,8 @@ def run(
       if done < rounds and (due(eval_every, done) or due(personalize_every, done)):
         evaluate(state, done, personal=due(personalize_every, done))
         shown = record.metrics[-1]["pooled_accuracy"]
-        bar.set_postfix_str("" if shown is None else f"global model {100 * shown:.1f} % pooled")
+        text = "" if shown is None else f"global model {100 * shown:.1f} % pooled"
+      bar.set_postfix_str(text, refresh=False)
       bar.update(size)
       on_record(record)
       if checkpoints and (due(checkpoint_every, done) or done == rounds):
