@@ -1,9 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folder of those that may be lost."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def cache_dir() -> Path:
+  """Where decoded images and compiled programs are kept: `APFL_JAX_CACHE`, else ~/.cache/apfl_jax."""
+  return Path(os.environ.get("APFL_JAX_CACHE") or "~/.cache/apfl_jax").expanduser()
 
 
 @contextlib.contextmanager

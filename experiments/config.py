@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 
 from apfl_jax import algorithms, nn, semantics
 from apfl_jax.errors import InputError
+from apfl_jax.files import cache_dir
 from apfl_jax.population import PROCESSES
 from apfl_jax.settings import Limits, checked
 from apfl_jax.training.augment import AUGMENTATIONS
@@ -191,6 +193,8 @@ def main(run: Any) -> None:
       print("stopped; the same command goes on from its last checkpoint", file=sys.stderr, flush=True)
       sys.exit(130)
 
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
   logging.set_verbosity(logging.ERROR)  # libraries tell below that what no user asked: devices not found, folders
   app.run(guarded, flags_parser=parse)
 

@@ -5,7 +5,6 @@ Images come as tensorflow-datasets stores them: those of emnist are transposed (
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 import warnings
@@ -16,6 +15,7 @@ import numpy as np
 
 from apfl_jax.data.datasets import Dataset
 from apfl_jax.errors import InputError
+from apfl_jax.files import cache_dir
 
 _BLOCK = 1000  # records decoded at a time, between two moves of the progress bar
 _INSTALL = "install it with: pip install 'apfl_jax[data]'"
@@ -38,7 +38,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
   full_name = "/".join(filter(None, (builder.name, builder.builder_config and builder.builder_config.name)))
   splits = ("train", _test_split(builder, full_name))
   sizes = [builder.info.splits[split].num_examples for split in splits]
-  folder = _cache_root() / f"{full_name.replace('/', '-')}-{builder.version}-{_fingerprint(Path(builder.data_path))}"
+  folder = cache_dir() / f"{full_name.replace('/', '-')}-{builder.version}-{_fingerprint(Path(builder.data_path))}"
   arrays = _read(folder, shape, sizes)
   if arrays is None:
     arrays = [array for split in splits for array in _decode(builder, full_name, split, shape)]
@@ -139,10 +139,6 @@ def _decode(builder: Any, name: str, split: str, shape: tuple[int, int, int]) ->
     reason = str(error).partition("\n")[0]
     raise InputError(f"dataset {name}: {builder.data_path} cannot be read ({reason}); prepare it again") from error
   return images, labels
-
-
-def _cache_root() -> Path:
-  return Path(os.environ.get("APFL_JAX_CACHE") or "~/.cache/apfl_jax").expanduser()
 
 
 def _fingerprint(folder: Path) -> str:
