@@ -47,10 +47,15 @@ class Job(NamedTuple):
   gone: np.ndarray
 
 
-def prepare(config: Config) -> Job:
-  """Loads, partitions and builds; nothing is written. Raises InputError for whatever does not fit together."""
+def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
+  """Loads, partitions and builds; nothing is written. Raises InputError for whatever does not fit together.
+
+  Args:
+    config: the settings.
+    dataset: taken in place of the one that the settings name.
+  """
   simulation.resolve(config.client_map)
-  dataset = data.load(config.dataset, config.data_dir or None)
+  dataset = dataset or data.load(config.dataset, config.data_dir or None)
   num_classes, image_shape = len(dataset.class_names), dataset.images.shape[1:]
   host = lambda purpose: np.random.default_rng([config.seed, int(purpose)])
 
@@ -340,7 +345,7 @@ def _summary(
     unseen = metrics.unseen(
       confusion, result.pooled_confusion(~arrays["seen"]) if len(lost) else confusion, lost.tolist()
     )
-  cost = simulation.cost(job.build, job.inputs, result)._asdict()
+  prices = simulation.prices(job.build, job.inputs, result.state.server)
   spent = [watch.read(), *result.record.timings[: result.restored]]
   return {
     "algorithm": config.algorithm,
@@ -356,7 +361,7 @@ def _summary(
       "personal_dropped": mean(pooled[dropped]),
     },
     "unseen": unseen,
-    "cost": cost,
+    "cost": simulation.cost(prices, result)._asdict(),
     "partition": config.partition,
     "alpha": config.alpha if config.partition == "dirichlet" else None,
     "dropout": config.dropout,
@@ -367,13 +372,14 @@ def _summary(
     "compile_seconds": round(sum(row["compile_seconds"] for row in spent), 3),
     "peak_memory_bytes": simulation.peak_memory_bytes(),
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
-    "versions": _versions(),
+    "versions": versions(),
     "commit": _commit(),
     "finished": True,
   }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+  """Of this package, Python and what it stands on."""
   found = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}
   return {"apfl_jax": apfl_jax.__version__, "python": platform.python_version(), **found}
 

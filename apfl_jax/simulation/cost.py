@@ -15,6 +15,26 @@ from apfl_jax.types import Algorithm, Data, Process, PyTree, Received, Span, Vis
 _PRICED = 32  # client sizes that are priced; those between are interpolated
 
 
+class Prices(NamedTuple):
+  """What a method's functions cost, each once.
+
+  Attributes:
+    local_update: float [N], operations of a client's local training, by row.
+    personalize: float [N], operations of making its personal model.
+    aggregate: operations of the server on one round's uploads.
+    upload: bytes that a client sends.
+    read_locally: bytes of the download that local training reads.
+    read_personally: bytes of the download that personalisation reads.
+  """
+
+  local_update: np.ndarray
+  personalize: np.ndarray
+  aggregate: float
+  upload: int
+  read_locally: int
+  read_personally: int
+
+
 class Cost(NamedTuple):
   """Totals of a run; operations count matrix products and convolutions, two for a multiplication and an addition.
 
@@ -34,14 +54,20 @@ class Cost(NamedTuple):
   bytes_down: float
 
 
-def cost(build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, result: Result) -> Cost:
-  """Prices a run after it has ended, by tracing the method's functions; nothing is compiled or run."""
+def prices(build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, server: PyTree) -> Prices:
+  """Prices a method by tracing its functions; nothing is compiled or run.
+
+  Args:
+    build: as of the simulator.
+    inputs: the run's.
+    server: the method's; what is known of it (a count of rounds) decides which branches are priced.
+  """
   federation = inputs.federation
   shapes = lambda tree: jax.eval_shape(lambda x: x, tree)
   settings, store = shapes(inputs.settings), shapes(federation.store)
   key = jax.eval_shape(lambda: jax.random.key(0))
   algorithm = lambda settings: build(settings)[0]
-  download = jax.eval_shape(lambda s, state: algorithm(s).download(state), settings, result.state.server)
+  download = jax.eval_shape(lambda s, server: algorithm(s).download(server), settings, server)
   download = download._replace(own=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), download.own))
   client = jax.eval_shape(lambda s, d, k: algorithm(s).init_client(d, k), settings, download, key)
 
@@ -72,9 +98,7 @@ def cost(build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, r
     known = [price(*arguments(sizes[i], validation[first[i]])) for i in chosen]
     return np.interp(train, sizes[chosen], known)
 
-  times = np.asarray(result.state.times)
   _, upload = jax.eval_shape(local_update, *arguments(1, 1))
-  visits, rounds = float(times.sum()), sum(n > 0 for n in result.record.arrived)
   abstract: Any = jax.ShapeDtypeStruct
   received = Received(
     total=upload.update,
@@ -85,10 +109,24 @@ def cost(build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, r
     staleness=abstract((1,), jnp.int32),
   )
   read = lambda function: ledger.bytes_read(function, *arguments(1, 1), argnum=1)
+  return Prices(
+    local_update=each_client(local_update),
+    personalize=each_client(personalize),
+    aggregate=ledger.flops(aggregate, settings, server, received, key),
+    upload=ledger.nbytes(upload),
+    read_locally=read(local_update),
+    read_personally=read(personalize),
+  )
+
+
+def cost(prices: Prices, result: Result) -> Cost:
+  """What a run cost in all."""
+  times = np.asarray(result.state.times)
+  visits, rounds = float(times.sum()), sum(n > 0 for n in result.record.arrived)
   return Cost(
-    local_flops=float((each_client(local_update) * times).sum()),
-    generator_flops=rounds * ledger.flops(aggregate, settings, result.state.server, received, key) or None,
-    personalize_flops=float(each_client(personalize)[result.rows].sum()),
-    bytes_up=visits * ledger.nbytes(upload),
-    bytes_down=visits * read(local_update) + len(result.rows) * read(personalize),
+    local_flops=float((prices.local_update * times).sum()),
+    generator_flops=rounds * prices.aggregate or None,
+    personalize_flops=float(prices.personalize[result.rows].sum()),
+    bytes_up=visits * prices.upload,
+    bytes_down=visits * prices.read_locally + len(result.rows) * prices.read_personally,
   )

@@ -1,0 +1,272 @@
+"""Speed, measured side by side: `python -m experiments.benchmark --suites=local_training,round --json=FILE`.
+
+The cases of a suite are built first and then timed in turns, so that whatever else the machine does falls on all of
+them. Shares are of the rate of a 2048 x 2048 float32 matrix product, measured in the same turns. Images are noise:
+speed does not depend on what they show.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from apfl_jax import data, simulation
+from apfl_jax.files import replacing
+from apfl_jax.settings import Limits, checked
+from experiments import config, job
+from experiments.config import Config
+
+_SIDE = 2048  # of the matrix product that rates are compared with
+_REPEATS = 5
+
+
+class Case(NamedTuple):
+  """One thing to time.
+
+  Attributes:
+    name: e.g. 'cnn_small/K=32'.
+    call: does it once, and returns arrays to wait for.
+    samples: examples trained on or made by a call, those read twice counted twice.
+    clients: client updates of a call; None where no client takes part.
+    flops: matrix products and convolutions of a call, as the ledger counts them; None where it was not asked.
+  """
+
+  name: str
+  call: Callable[[], Any]
+  samples: int
+  clients: int | None = None
+  flops: float | None = None
+
+
+class Rounds:
+  """A job on noise that goes from state to state, one call after another."""
+
+  def __init__(self, image_shape: tuple[int, int, int], examples: int = 5000, **settings: Any):
+    """Nobody drops, nothing is augmented; `settings` are fields of `Config`."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (examples, *image_shape), np.uint8)
+    labels = (np.arange(examples) % 10).astype(np.int32)
+    noise = data.Dataset("noise", images, labels, images[:500], labels[:500], tuple("0123456789"))
+    plain = Config(
+      algorithm="fedavg",
+      partition="iid",
+      monopolistic_classes=0,
+      dropout="none",
+      augment="none",
+      embeddings="onehot",
+      min_size=2,
+    )
+    self.config = dataclasses.replace(plain, **{"settings": {}, **settings})
+    self.job = job.prepare(self.config, noise)
+    self.simulator = self.job.simulator
+    self.inputs = self.simulator.place(self.job.inputs)
+    self.state = self.simulator.init(self.inputs)
+
+  def advance(self, rounds: int = 1) -> Any:
+    """The next rounds."""
+    self.state, happened = self.simulator.advance(self.state, self.inputs, jnp.int32(rounds))
+    return happened
+
+  def score(self, function: Callable[..., Any]) -> Any:
+    """`score_global` or `score_personal` of all clients, in the blocks of a run."""
+    count = self.config.num_clients
+    block = min(count, self.simulator.block)
+    rows = [np.arange(start, start + block) for start in range(0, count, block)]
+    return [function(self.state, self.inputs, jnp.asarray(r % count), jnp.asarray(r < count)) for r in rows]
+
+  def prices(self) -> simulation.Prices:
+    """What the method's functions cost."""
+    return simulation.prices(self.job.build, self.inputs, self.state.server)
+
+
+def local_training() -> Iterator[Case]:
+  """SGD on clients alone: a FedAvg round in which all take part, nothing evaluated."""
+  for model, shape, clients, steps, batch in (
+    ("mlp", (8, 8, 1), 128, 20, 16),
+    ("cnn_small", (28, 28, 1), 32, 4, 32),
+    ("cnn", (28, 28, 1), 8, 4, 32),
+  ):
+    for how in ("sequential", "vmap"):
+      rounds = Rounds(
+        shape,
+        model=model,
+        num_clients=clients,
+        examples_per_client=4 * batch,
+        local_steps=steps,
+        batch_size=batch,
+        client_map=how,
+      )
+      name = f"{model}/K={clients}" + ("" if how == "sequential" else f"/{how}")
+      flops = float(rounds.prices().local_update.sum())
+      yield Case(name, rounds.advance, clients * steps * batch, clients, flops)
+
+
+def whole_round() -> Iterator[Case]:
+  """A FedAvg round on 60,000 images of 28 x 28 among 100 skewed clients, one epoch, all clients' tests scored."""
+  rounds = Rounds(
+    (28, 28, 1),
+    60_000,
+    model="cnn_small",
+    num_clients=100,
+    partition="dirichlet",
+    local_steps=0,
+    batch_size=32,
+  )
+  trained = int(rounds.inputs.federation.train.size.sum())
+  call = lambda: (rounds.advance(), rounds.score(rounds.simulator.score_global))
+  yield Case("fedavg/cnn_small/N=100", call, trained, 100, float(rounds.prices().local_update.sum()))
+
+
+def population() -> Iterator[Case]:
+  """Ten rounds with a cohort of 100, whatever the population; it should not matter."""
+  for clients in (1_000, 10_000, 100_000, 1_000_000):
+    rounds = Rounds(
+      (8, 8, 1),
+      model="mlp",
+      num_clients=clients,
+      cohort_size=100,
+      examples_per_client=20,
+      local_steps=0,
+      batch_size=16,
+    )
+    trained = 10 * 100 * int(rounds.inputs.federation.train.size[0])
+    yield Case(f"fedavg/mlp/N={clients}", partial(rounds.advance, 10), trained, 1000)
+
+
+def generator() -> Iterator[Case]:
+  """The generator's steps of one round of AP-FL (beside one SGD step of one client)."""
+  for shape in ((8, 8, 1), (28, 28, 1), (32, 32, 3)):
+    rounds = Rounds(
+      shape,
+      algorithm="ap_fl",
+      num_clients=1,
+      examples_per_client=40,
+      local_steps=1,
+      settings={"generator_warmup": 0.0},
+    )
+    made = rounds.config.settings["generator_steps"] * rounds.config.settings["generator_batch"]
+    yield Case("ap_fl/" + "x".join(map(str, shape)), rounds.advance, made, flops=rounds.prices().aggregate)
+
+
+def personalize() -> Iterator[Case]:
+  """Personal models of 16 clients, made and scored on their own tests and 500 pooled examples."""
+  for algorithm in ("fedavg_ft", "ap_fl"):
+    rounds = Rounds((28, 28, 1), algorithm=algorithm, num_clients=16, examples_per_client=150, pooled_examples=500)
+    steps = rounds.config.personal_steps + rounds.config.settings.get("friend_steps", 0)
+    samples = 16 * steps * rounds.config.batch_size
+    call = partial(rounds.score, rounds.simulator.score_personal)
+    yield Case(f"{algorithm}/cnn_small/N=16", call, samples, 16, float(rounds.prices().personalize.sum()))
+
+
+def scaling() -> Iterator[Case]:
+  """More clients of the same size in a round."""
+  for clients in (10, 100, 1000):
+    rounds = Rounds((28, 28, 1), model="mlp", num_clients=clients, examples_per_client=60, local_steps=4, batch_size=32)
+    flops = float(rounds.prices().local_update.sum())
+    yield Case(f"fedavg/mlp/K={clients}", rounds.advance, clients * 4 * 32, clients, flops)
+
+
+SUITES: dict[str, Callable[[], Iterator[Case]]] = {
+  "local_training": local_training,
+  "round": whole_round,
+  "population": population,
+  "generator": generator,
+  "personalize": personalize,
+  "scaling": scaling,
+}
+
+
+def measure(suite: str, repeats: int) -> list[dict[str, Any]]:
+  """A row for each case of a suite; times are medians over `repeats` turns, after a first call that compiles."""
+  cases, compiling = [], []
+  for case in SUITES[suite]():
+    with simulation.Stopwatch() as watch:
+      jax.block_until_ready(case.call())
+    cases.append(case)
+    compiling.append(watch.read()["compile_seconds"])
+  square = jnp.ones((_SIDE, _SIDE))
+  product = jax.jit(jnp.matmul)
+  jax.block_until_ready(product(square, square))
+  calls = [case.call for case in cases]
+  turns = [[_seconds(call) for call in (lambda: product(square, square), *calls)] for _ in range(repeats)]
+  rate = 2 * _SIDE**3 / statistics.median(turn[0] for turn in turns)
+
+  rows = []
+  for case, compile_seconds, times in zip(cases, compiling, list(zip(*turns, strict=True))[1:], strict=True):
+    seconds = statistics.median(times)
+    rows.append(
+      {
+        "suite": suite,
+        "case": case.name,
+        "seconds": seconds,
+        "seconds_min": min(times),
+        "seconds_max": max(times),
+        "repeats": repeats,
+        "compile_seconds": compile_seconds,
+        "samples_per_second": case.samples / seconds,
+        "clients_per_second": None if case.clients is None else case.clients / seconds,
+        "flops_per_second": None if case.flops is None else case.flops / seconds,
+        "matmul_flops_per_second": rate,
+        "share_of_matmul_rate": None if case.flops is None else case.flops / seconds / rate,
+        "peak_memory_bytes": simulation.peak_memory_bytes(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": job.versions(),
+      }
+    )
+  return rows
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(call())
+  return time.perf_counter() - start
+
+
+def line(row: dict[str, Any]) -> str:
+  """A row as a line for people."""
+  parts = [
+    f"{row['suite']} {row['case']}: {row['seconds']:.4g} s ({row['seconds_min']:.4g} to {row['seconds_max']:.4g})",
+    f"{row['samples_per_second']:,.0f} samples/s",
+  ]
+  if row["clients_per_second"] is not None:
+    parts.append(f"{row['clients_per_second']:,.1f} clients/s")
+  if row["share_of_matmul_rate"] is not None:
+    parts.append(f"{100 * row['share_of_matmul_rate']:.0f} % of the matmul rate")
+  return ", ".join(
+    [*parts, f"compiled in {row['compile_seconds']:.1f} s", f"peak {row['peak_memory_bytes'] / 1e9:.2f} GB"]
+  )
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Prints a line for each case and writes them all as JSON if asked to."""
+  del arguments
+  repeats = checked("repeats", flags.FLAGS.repeats, int, Limits(least=1))
+  for name in flags.FLAGS.suites:
+    checked("suites", name, str, Limits(choices=tuple(SUITES)))
+  rows: list[dict[str, Any]] = []
+  for name in flags.FLAGS.suites:
+    found = measure(name, repeats)
+    if not rows:
+      versions = ", ".join(f"{key} {value}" for key, value in found[0]["versions"].items())
+      print(f"{found[0]['device']}, {versions}", flush=True)
+    print(*map(line, found), sep="\n", flush=True)
+    rows += found
+  if flags.FLAGS.json:
+    with replacing(Path(flags.FLAGS.json)) as path:
+      path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("suites", list(SUITES), f"what to measure: {', '.join(SUITES)}")
+  flags.DEFINE_string("json", "", "file for the results, a list of objects")
+  flags.DEFINE_integer("repeats", _REPEATS, "turns; figures are medians over them")
+  config.main(main)
