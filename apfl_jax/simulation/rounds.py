@@ -153,14 +153,14 @@ def simulator(
       history=jax.tree.map(lambda x: jnp.zeros((versions, *jnp.shape(x)), jnp.result_type(x)), download.shared),
     )
 
-  def round_step(state: State, inputs: Inputs, sorted_ids: Array, order: Array) -> tuple[State, RoundMetrics]:
+  def round_step(state: State, inputs: Inputs, row_of: Array) -> tuple[State, RoundMetrics]:
     algorithm, process = build(inputs.settings)
     federation, seed, now = inputs.federation, inputs.seed, state.round
     presence = population.step(process, state.population, now, seed)
     ids, ok = draw_cohort(process, presence, now, seed, population_size, cohort_size)
     there = population.look(process, presence, now, ids, seed)
 
-    row = order[jnp.searchsorted(sorted_ids, ids)]
+    row = row_of[ids]
     # Clients of like work lie together, so that a chunk under vmap waits for few.
     by_work = jnp.argsort(jnp.where(ok, -federation.train.size[row] * there.work, jnp.inf))
     ids, ok, row, there = jax.tree.map(lambda x: x[by_work], (ids, ok, row, there))
@@ -222,14 +222,14 @@ def simulator(
 
   @partial(compiled, donate_argnums=0)
   def advance(state: State, inputs: Inputs, rounds: Array) -> tuple[State, RoundMetrics]:
-    order = jnp.argsort(inputs.federation.id)
-    sorted_ids = inputs.federation.id[order]
-    shape = jax.eval_shape(round_step, state, inputs, sorted_ids, order)[1]
+    ids = inputs.federation.id
+    row_of = jnp.zeros(population_size, jnp.int32).at[ids].set(jnp.arange(ids.shape[0], dtype=jnp.int32))
+    shape = jax.eval_shape(round_step, state, inputs, row_of)[1]
     record = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), shape)
 
     def body(i, carry):
       state, record = carry
-      state, metrics = round_step(state, inputs, sorted_ids, order)
+      state, metrics = round_step(state, inputs, row_of)
       return state, jax.tree.map(lambda all, x: all.at[i].set(x), record, metrics)
 
     return jax.lax.fori_loop(0, rounds, body, (state, record))
