@@ -234,6 +234,8 @@ class Task(NamedTuple):
     model: the classifier.
     sgd: local training.
     rounds: int32 [], how many rounds the run will have; traced, for schedules that are shares of it.
+    spread: (pytree [B, ...]) -> the same, its rows shared out over the devices: for the server's own training, in
+      `aggregate`. Clients' functions are on one device and do not call it.
   """
 
   num_clients: int
@@ -243,6 +245,7 @@ class Task(NamedTuple):
   model: Model
   sgd: LocalSGD
   rounds: Array
+  spread: Callable[[PyTree], PyTree] = lambda batch: batch
 
 
 class Algorithm(NamedTuple):

@@ -12,15 +12,17 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from apfl_jax import algorithms, nn, semantics
+from apfl_jax import algorithms, nn, semantics, simulation
 from apfl_jax.errors import InputError
 from apfl_jax.files import cache_dir
 from apfl_jax.population import PROCESSES
 from apfl_jax.settings import Limits, checked
 from apfl_jax.training.augment import AUGMENTATIONS
 
+_PLACES = ("auto", *simulation.PLACES)
 PARTITIONS = ("iid", "dirichlet", "pathological")
-_NOT_OF_A_RUN = ("workdir", "progress")  # may differ when a run is continued
+# May differ when a run is continued.
+_NOT_OF_A_RUN = ("workdir", "progress", "data_on", "client_state", "memory_limit")
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
@@ -61,6 +63,11 @@ class Config:
   seed: int = _setting(0, "of everything random", least=0, most=2**32 - 1)
   workdir: str = _setting("", "run directory; empty for runs/ALGORITHM-DATASET-SEED")
   client_map: str = _setting("auto", "how clients run: auto, sequential, vmap, vmap:CHUNK")
+  data_on: str = _setting("auto", "where examples live; auto: the device, of several hosts disk", choices=_PLACES)
+  client_state: str = _setting(
+    "auto", "where client rows live; auto: the device, of several hosts host", choices=_PLACES
+  )
+  memory_limit: float = _setting(0.0, "GiB that the host and each device may take; 0 for what there is", least=0)
   eval_every: int = _setting(5, "rounds between scores of the global model; 0 for the last only", least=0)
   eval_clients: int = _setting(0, "clients scored; 0 for all", least=0)
   pooled_examples: int = _setting(1000, "pooled test examples, class-balanced; 0 for the whole split", least=0)
@@ -184,6 +191,7 @@ def main(run: Any) -> None:
 
   def guarded(arguments: Sequence[str]) -> Any:
     try:
+      _start()
       return run(arguments)
     except InputError as error:
       _fail(str(error))
@@ -193,10 +201,40 @@ def main(run: Any) -> None:
       print("stopped; the same command goes on from its last checkpoint", file=sys.stderr, flush=True)
       sys.exit(130)
 
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
+  flags.DEFINE_integer("devices", 0, "devices of this host to use, a CPU core being one; 0 for all", lower_bound=0)
+  flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where several processes share a run")
+  flags.DEFINE_integer("num_processes", 0, "processes that share a run; 0 where the cluster tells", lower_bound=0)
+  flags.DEFINE_integer("process_id", -1, "this process's number; -1 where the cluster tells", lower_bound=-1)
   logging.set_verbosity(logging.ERROR)  # libraries tell below that what no user asked: devices not found, folders
   app.run(guarded, flags_parser=parse)
+
+
+def _start() -> None:
+  """Devices and other processes; nothing may have asked JAX for a device before."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
+  address, processes, number = flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id
+  if bool(address) != bool(processes) or bool(address) != (number >= 0):
+    raise InputError(
+      "coordinator_address: got only some of --coordinator_address, --num_processes and --process_id,"
+      " accepted are all three or none"
+    )
+  if address and not number < processes:
+    raise InputError(f"process_id: got {number}, accepted are 0 to num_processes - 1 = {processes - 1}")
+  wanted = flags.FLAGS.devices
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    jax.config.update("jax_num_cpu_devices", wanted or cores)
+  if address:
+    jax.distributed.initialize(address, processes, number)
+  elif _in_cluster():
+    jax.distributed.initialize()
+
+
+def _in_cluster() -> bool:
+  """Whether Slurm or a TPU pod started this process as one of several."""
+  tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
+  return int(tasks) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def _one_line(error: flags.Error) -> str:

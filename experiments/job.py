@@ -79,6 +79,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     config.embeddings, dataset.class_names, dataset.name, rng=host(random.Purpose.EMBEDDINGS)
   )
 
+  mesh = simulation.default_mesh()
   entry = algorithms.METHODS[config.algorithm]
   traced = {name: jnp.float32(value) for name, value in config.settings.items() if isinstance(value, float)}
   static = {name: value for name, value in config.settings.items() if name not in traced}
@@ -102,7 +103,16 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
       weighting=config.weighting,
       augment=config.augment,
     )
-    return Task(config.num_clients, num_classes, image_shape, settings["embeddings"], model, sgd, settings["rounds"])
+    return Task(
+      num_clients=config.num_clients,
+      num_classes=num_classes,
+      image_shape=image_shape,
+      embeddings=settings["embeddings"],
+      model=model,
+      sgd=sgd,
+      rounds=settings["rounds"],
+      spread=simulation.spread(mesh),
+    )
 
   def build(settings: PyTree) -> tuple[Algorithm, Process]:
     algorithm = entry.make(task(settings), **static, **settings["method"])
@@ -110,8 +120,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
 
   inputs = simulation.Inputs(
     seed=jnp.uint32(config.seed),
-    federation=jax.tree.map(jnp.asarray, federation),
-    pooled=jax.tree.map(jnp.asarray, pooled),
+    federation=federation,
+    pooled=pooled,
     settings={
       "learning_rate": jnp.float32(config.learning_rate),
       "drop_rates": jnp.asarray(rates, jnp.float32),
@@ -129,7 +139,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     chunk=min(10, config.rounds),
     versions=config.versions,
     how=config.client_map,
-    mesh=simulation.default_mesh(),
+    mesh=mesh,
   )
   return Job(config, dataset, inputs, build, task, simulator, gone)
 
@@ -150,7 +160,10 @@ def run(config: Config) -> dict[str, Any]:
     return _announced(finished, workdir)
   with simulation.Stopwatch() as watch:
     job = prepare(config)
-    _claim(workdir, config, write=True)
+    # Of several processes all compute, and what is asked of the devices is asked by all; the first one writes.
+    writes = jax.process_index() == 0
+    if writes:
+      _claim(workdir, config, write=True)
     result = simulation.run(
       job.simulator,
       job.inputs,
@@ -160,20 +173,29 @@ def run(config: Config) -> dict[str, Any]:
       personalize_every=config.personalize_every,
       eval_clients=config.eval_clients,
       checkpoint_every=config.checkpoint_every,
-      directory=workdir / "checkpoints",
-      on_record=partial(_write_record, workdir),
+      directory=workdir,
+      data_on=_place(config.data_on, "disk"),
+      client_state=_place(config.client_state, "host"),
+      memory_limit=int(config.memory_limit * 2**30),
+      on_record=partial(_write_record, workdir) if writes else lambda record: None,
       progress=config.progress,
     )
     arrays = _arrays(job, result)
-    _write_clients(workdir / "clients.csv", job, result, arrays["histogram"])
-    with replacing(workdir / "arrays.npz") as path, open(path, "wb") as file:
-      np.savez_compressed(file, allow_pickle=False, **arrays)
     summary = _summary(job, result, arrays, watch)
+  if not writes:
+    return _announced(summary, workdir)
+  _write_clients(workdir / "clients.csv", job, result, arrays["histogram"])
+  with replacing(workdir / "arrays.npz") as path, open(path, "wb") as file:
+    np.savez_compressed(file, allow_pickle=False, **arrays)
   _write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
   _draw(workdir)
   if not any(result.record.arrived):
     print("no upload arrived in any round: the global model is the initial one", file=sys.stderr)
   return _announced(summary, workdir)
+
+
+def _place(asked: str, of_several_hosts: str) -> str:
+  return asked if asked != "auto" else "device" if jax.process_count() == 1 else of_several_hosts
 
 
 def _draw(workdir: Path) -> None:
@@ -371,6 +393,7 @@ def _summary(
     "seconds": round(sum(row["seconds"] for row in spent), 3),
     "compile_seconds": round(sum(row["compile_seconds"] for row in spent), 3),
     "peak_memory_bytes": simulation.peak_memory_bytes(),
+    "planned_memory_bytes": result.plan.host if result.plan.shared else result.plan.device,
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
     "versions": versions(),
     "commit": _commit(),

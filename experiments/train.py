@@ -6,6 +6,7 @@ With no other flag it is the main job: AP-FL on digits, 60 % of the clients neve
 
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 
 from apfl_jax import report
@@ -19,6 +20,8 @@ def main(arguments: Sequence[str]) -> None:
     print(config.table_of_methods())
     return
   summary = job.run(config.from_flags())
+  if jax.process_index():
+    return
   print("\n" + report.table(summary))
   print(f"\nrun directory: {summary['workdir']}" + (f", look at {summary['report']}" if summary["report"] else ""))
 

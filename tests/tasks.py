@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from apfl_jax import algorithms, data, nn, population, semantics, simulation
 from apfl_jax.simulation import Inputs, RoundMetrics, Scores, Simulator
@@ -38,7 +39,7 @@ def _method_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
   return traced, {key: value for key, value in values.items() if key not in traced}
 
 
-def build(name: str, num_clients: int, settings: PyTree) -> tuple[Algorithm, Process]:
+def build(name: str, num_clients: int, settings: PyTree, mesh: Mesh | None = None) -> tuple[Algorithm, Process]:
   """A method on the multilayer perceptron; some clients never come and uploads get lost, at `drop_rates`."""
   embeddings = settings["embeddings"]
   head = "free" if algorithms.METHODS[name].head == "free" else "anchored"
@@ -52,7 +53,8 @@ def build(name: str, num_clients: int, settings: PyTree) -> tuple[Algorithm, Pro
     weighting="examples",
     augment="none",
   )
-  task = Task(num_clients, NUM_CLASSES, IMAGE_SHAPE, embeddings, model, sgd, settings["rounds"])
+  spread = simulation.spread(mesh)
+  task = Task(num_clients, NUM_CLASSES, IMAGE_SHAPE, embeddings, model, sgd, settings["rounds"], spread)
   algorithm = algorithms.METHODS[name].make(task, **_method_settings(name)[1], **settings["method"])
   return algorithm, population.make(("cold", "bernoulli"), num_clients, settings["drop_rates"])
 

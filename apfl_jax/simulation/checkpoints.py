@@ -1,12 +1,17 @@
-"""Checkpoints of the whole state with everything measured so far, written atomically by orbax."""
+"""Checkpoints of the whole state with everything measured so far, written atomically by orbax.
+
+Of the clients only the rows that exist are kept: a million clients of whom a few were visited make a small checkpoint.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from apfl_jax.errors import InputError
-from apfl_jax.types import State
+from apfl_jax.simulation.staging import Snapshot
+from apfl_jax.types import PyTree, State
 
 _KEPT = 2
 
@@ -26,12 +31,18 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, enable_async_checkpointing=False)
     self._manager = ocp.CheckpointManager(directory, options=options)
 
-  def save(self, state: State, record: dict[str, Any]) -> None:
-    """Writes the state and a JSON-able record under the number of rounds done; a damaged one of that number goes."""
+  def save(self, state: State, snapshot: Snapshot, record: dict[str, Any]) -> None:
+    """Writes the state, with the clients of `snapshot`, and a JSON-able record under the number of rounds done.
+
+    A damaged checkpoint of that number goes.
+    """
     args, step = self._ocp.args, int(state.round)
     if step in self._manager.all_steps():
       self._manager.delete(step)
-    items = args.Composite(state=args.StandardSave(state._asdict()), record=args.JsonSave(record))
+    items = args.Composite(
+      state=args.StandardSave(_tree(state, snapshot)),
+      record=args.JsonSave({"visited": len(snapshot.rows), **record}),
+    )
     try:
       self._manager.save(step, args=items)
     except (OSError, ValueError, RuntimeError) as error:
@@ -40,24 +51,28 @@ class Checkpoints:
         f"workdir: the checkpoint of round {step} cannot be written ({reason}); free it or name another"
       ) from error
 
-  def restore(self, like: State) -> tuple[State, dict[str, Any]] | None:
-    """The newest readable (state, record), or None where there is none yet. `like` gives shapes and dtypes.
+  def restore(self, like: State) -> tuple[State, Snapshot, dict[str, Any]] | None:
+    """The newest readable (state, snapshot, record), or None where there is none yet.
+
+    `like` gives shapes and dtypes, of clients all but the first axis. The state's own `clients` and `times` are ().
 
     Raises:
       InputError: there are checkpoints and none fits; they are left alone.
     """
     args = self._ocp.args
-    shapes = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, like._asdict())
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        items = args.Composite(state=args.StandardRestore(shapes), record=args.JsonRestore())
-        found = self._manager.restore(step, args=items)
+        record = dict(self._manager.restore(step, args=args.Composite(record=args.JsonRestore())).record)
+        count = record.pop("visited")
+        shapes = _tree(like, _snapshot_like(like.clients, count))
+        found = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(shapes))).state
       except (ValueError, OSError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:120]
         print(f"checkpoint of round {step} is unreadable and is passed over: {reason}", flush=True)
       else:
-        return State(**found.state), found.record
+        state, snapshot = found["state"], found["snapshot"]
+        return State(**state, clients=(), times=()), Snapshot(**snapshot), record  # type: ignore[arg-type]
     if steps:
       raise InputError(
         f"workdir: none of the checkpoints in {self._manager.directory} can be read by this version;"
@@ -68,3 +83,15 @@ class Checkpoints:
   def close(self) -> None:
     """Waits for what is being written."""
     self._manager.close()
+
+
+def _tree(state: State, snapshot: Snapshot) -> dict[str, Any]:
+  """What is written: the state without its clients, and the rows of those that exist."""
+  own = state._asdict()
+  return {"state": {k: v for k, v in own.items() if k not in ("clients", "times")}, "snapshot": snapshot._asdict()}
+
+
+def _snapshot_like(clients: PyTree, count: int) -> Snapshot:
+  """The shapes of a snapshot of so many clients."""
+  rows = np.zeros(count, np.int32)
+  return Snapshot(rows, rows, jax.tree.map(lambda x: np.empty((count, *x.shape[1:]), x.dtype), clients))

@@ -7,22 +7,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apfl_jax.errors import InputError
 from apfl_jax.types import Array, PyTree
 
 AXIS = "clients"
-LANES = 8  # sums are kept apart in so many lanes, whatever the number of devices, and added in lane order
+LANES = 8  # sums are kept apart in so many lanes, on up to as many devices, and added in lane order
+_TURNS = 4  # of a plain vmap: clients lie sorted by work, so few wait for many; more turns would leave a device idle
 
 ClientFunction = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # (shared, one row) -> (to sum, to stack)
 
 
 def resolve(how: str) -> tuple[str, int]:
-  """('sequential' or 'vmap', clients a chunk; 0 for all) from 'auto', 'sequential', 'vmap' or 'vmap:CHUNK'.
+  """('sequential' or 'vmap', clients a chunk; 0 for a quarter of them) from 'auto', 'sequential', 'vmap', 'vmap:CHUNK'.
 
   `auto` is sequential on a CPU, where per-client matrix products already fill the cores and absent clients then cost
-  nothing (measured: half again as fast as vmap on a small CNN), and vmap elsewhere, which is not measured yet.
+  nothing (measured: experiments/results/benchmark.md), and vmap elsewhere, which is not measured yet.
   """
   name, _, chunk = how.partition(":")
   if how == "auto":
@@ -35,35 +36,97 @@ def resolve(how: str) -> tuple[str, int]:
 
 
 def default_mesh() -> Mesh | None:
-  """A mesh over all local devices, at most `LANES` of them and a divisor of it; None for a single device."""
-  devices = jax.local_devices()
-  count = max(d for d in range(1, LANES + 1) if LANES % d == 0 and d <= len(devices))
+  """A mesh over the devices of all hosts, as many as `lanes` takes; None for a single one.
+
+  Raises:
+    InputError: several hosts with a number of devices that `lanes` does not take, which would leave some out.
+  """
+  devices = jax.devices()
+  count = max(n for n in range(1, len(devices) + 1) if _fits(n))
+  if jax.process_count() > 1 and count < len(devices):
+    raise InputError(f"devices: {len(devices)} on all hosts, accepted are 1, 2, 4 and multiples of {LANES}")
   return Mesh(np.array(devices[:count]), (AXIS,)) if count > 1 else None
+
+
+def spread(mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
+  """`Task.spread` for a mesh: arrays whose first axis its size divides are split over it, others stay whole."""
+
+  def split(x: Array) -> Array:
+    if not mesh or x.shape[0] % mesh.size:
+      return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+  return lambda batch: jax.tree.map(split, batch)
+
+
+def lanes_of(mesh: Mesh | None) -> int:
+  """How many lanes sums are kept in: `LANES`, or one a device where there are more devices.
+
+  Raises:
+    InputError: devices that neither divide `LANES` nor are a multiple of it.
+  """
+  devices = mesh.size if mesh else 1
+  if not _fits(devices):
+    raise InputError(f"client_map: got a mesh of {devices} devices, accepted are 1, 2, 4 and multiples of {LANES}")
+  return max(LANES, devices)
+
+
+def _fits(devices: int) -> bool:
+  return LANES % devices == 0 or devices % LANES == 0
+
+
+def executed_steps(steps: np.ndarray, how: str, devices: int = 1) -> int:
+  """Steps that are computed, masked ones included, for a cohort of clients that need `steps` int [K], as it is dealt.
+
+  What the cohort's largest step counts make others wait for is the difference from `steps.sum()`. The rows are sorted
+  as a round sorts them; a row of 0 steps is an absent client.
+  """
+  kind, chunk = resolve(how)
+  steps = -np.sort(-np.asarray(steps))
+  total = 0
+  for device in range(devices):
+    mine = np.pad(steps[device::devices], (0, -(-len(steps) // devices) - len(steps[device::devices])))
+    if kind == "sequential":
+      total += int(mine.sum())
+    else:
+      size = _chunk(len(mine), chunk, max(LANES, devices) // devices)
+      blocks = np.pad(mine, (0, -len(mine) % size)).reshape(-1, size)
+      total += int((blocks.max(axis=1) * size).sum())
+  return total
+
+
+def _chunk(count: int, asked: int, lanes: int) -> int:
+  """Rows under one vmap: whole turns of the lanes, unless one chunk holds everything."""
+  asked = asked or -(-count // max(1, min(_TURNS, count // lanes)))
+  return min(count, -(-asked // lanes) * lanes)
 
 
 def client_map(fn: ClientFunction, how: str = "auto", mesh: Mesh | None = None) -> Callable[..., tuple[Any, Any]]:
   """Maps one client's function over rows.
 
-  Row r belongs to lane r % LANES and to device r % devices, so a lane never leaves its device and neither the chunk
+  Row r belongs to lane r % lanes and to device r % devices, so a lane never leaves its device and neither the chunk
   nor the number of devices changes the order in which contributions are added.
 
   Args:
     fn: (shared, row) -> (contribution, output), for one client.
     how: see `resolve`. Sequential is a loop in which absent rows cost nothing; vmap computes and masks them.
-    mesh: over the axis `clients`; its size divides `LANES`. None for one device.
+    mesh: over the axis `clients`, see `lanes_of`. None for one device.
 
   Returns:
     (shared, rows [K, ...], ok bool [K]) -> (the sum of contributions over ok rows, outputs [K, ...] with zeros
     where not ok).
   """
   kind, chunk = resolve(how)
-  devices = mesh.size if mesh else 1
-  if LANES % devices:
-    raise InputError(f"client_map: got a mesh of {devices} devices, accepted are divisors of {LANES}")
-  lanes = LANES // devices
+  devices, all_lanes = mesh.size if mesh else 1, lanes_of(mesh)
+  lanes = all_lanes // devices
 
   def masked(shared, row, ok):
     return jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), fn(shared, row))
+
+  def filled(rows, ok):
+    """Absent rows as copies of the last present one before them: they then ask for no step that it does not."""
+    last = jax.lax.cummax(jnp.where(ok, jnp.arange(ok.shape[0]), 0))
+    return jax.tree.map(lambda x: x[last], rows)
 
   def local(shared, rows, ok):
     rows, ok = jax.tree.map(lambda x: x[0], (rows, ok))  # this device's, [P, ...]
@@ -80,20 +143,21 @@ def client_map(fn: ClientFunction, how: str = "auto", mesh: Mesh | None = None) 
 
       sums, outputs = jax.lax.scan(one, sums, (rows, ok, jnp.arange(count) % lanes))
     else:
-      # Whole turns of the lanes in a chunk, unless one chunk holds everything.
-      size = count if not chunk or chunk >= count else -(-chunk // lanes) * lanes
+      size = _chunk(count, chunk, lanes)
       blocks = -(-count // size)
       turns = -(-size // lanes)
-      fold = lambda x, n: _pad(x, n * size).reshape(n, size, *x.shape[1:])
+      fold = lambda x: _pad(x, blocks * size).reshape(blocks, size, *x.shape[1:])
+      nothing = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), (contribution, output))
 
       def block(sums, item):
-        added, out = jax.vmap(masked, in_axes=(None, 0, 0))(shared, *item)
+        compute = jax.vmap(masked, in_axes=(None, 0, 0))
+        added, out = jax.lax.cond(jnp.any(item[1]), compute, lambda *_: nothing, shared, *item)
         turned = jax.tree.map(lambda x: _pad(x, turns * lanes).reshape(turns, lanes, *x.shape[1:]), added)
         for turn in range(turns):
           sums = jax.tree.map(lambda s, t, turn=turn: s + t[turn], sums, turned)
         return sums, out
 
-      sums, outputs = jax.lax.scan(block, sums, jax.tree.map(lambda x: fold(x, blocks), (rows, ok)))
+      sums, outputs = jax.lax.scan(block, sums, jax.tree.map(fold, (filled(rows, ok), ok)))
       outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], outputs)
     return jax.tree.map(lambda x: x[None], (sums, outputs))
 
@@ -108,8 +172,8 @@ def client_map(fn: ClientFunction, how: str = "auto", mesh: Mesh | None = None) 
       split, whole = PartitionSpec(AXIS), PartitionSpec()
       run = jax.shard_map(local, mesh=mesh, in_specs=(whole, split, split), out_specs=(split, split), check_vma=False)
     sums, outputs = run(shared, rows, ok)  # [devices, lanes, ...], [devices, each, ...]
-    in_order = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(LANES, *x.shape[2:]), sums)
-    total = jax.tree.map(lambda x: reduce(jnp.add, [x[lane] for lane in range(LANES)]), in_order)
+    in_order = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(all_lanes, *x.shape[2:]), sums)
+    total = jax.tree.map(lambda x: reduce(jnp.add, [x[lane] for lane in range(all_lanes)]), in_order)
     return total, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:count], outputs)
 
   return mapped

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apfl_jax import population, random
 from apfl_jax.random import Purpose
-from apfl_jax.simulation.client_map import client_map, resolve
+from apfl_jax.simulation.client_map import client_map, lanes_of, resolve
 from apfl_jax.simulation.cohort import draw_cohort
 from apfl_jax.training import evaluate
 from apfl_jax.types import (
@@ -80,25 +81,36 @@ class Simulator(NamedTuple):
   Attributes:
     init: (inputs) -> State.
     advance: (state, inputs, int32 [] rounds <= chunk) -> (State, RoundMetrics [chunk, ...]); the state is donated.
+    schedule: (presence, seed, settings, round, rounds <= chunk) -> (presence, ids int32 [chunk, K], ok [chunk, K]), the
+      cohorts of the coming rounds; `presence` is the state of the population process before and after them.
     score_global: (state, inputs, rows [R], ok [R]) -> Scores of the global model, `pooled` left at zeros.
     score_pooled: (state, inputs, classes bool [C]) -> int32 [C, C], the global model on the pooled test examples,
       answering with one of these classes only.
     score_personal: (state, inputs, rows [R], ok [R]) -> Scores of the personal models, which are made and dropped.
     place: pytree -> the same on all devices of the mesh, where `inputs` and a state of other origin must be.
+    shaped: pytree -> the shapes of what `place` makes of it.
+    mesh: see `client_map`.
     block: clients scored a dispatch.
     chunk: rounds a dispatch, at most.
+    cohort_size: K.
+    population_size: N.
     num_classes: C.
     has_global_model: whether the method has one.
   """
 
   init: Callable[[Inputs], State]
-  advance: Callable[[State, Inputs, Array], tuple[State, RoundMetrics]]
+  advance: Any  # a jitted function: the memory plan lowers it
+  schedule: Callable[[PyTree, Array, PyTree, Array, Array], tuple[PyTree, Array, Array]]
   score_global: Callable[[State, Inputs, Array, Array], Scores]
   score_pooled: Callable[[State, Inputs, Array], Array]
   score_personal: Callable[[State, Inputs, Array, Array], Scores]
   place: Callable[[PyTree], PyTree]
+  shaped: Callable[[PyTree], PyTree]
+  mesh: Mesh | None
   block: int
   chunk: int
+  cohort_size: int
+  population_size: int
   num_classes: int
   has_global_model: bool
 
@@ -135,7 +147,17 @@ def simulator(
   compiled = partial(jax.jit, out_shardings=everywhere) if mesh else jax.jit
 
   def place(tree: PyTree) -> PyTree:
-    return jax.device_put(tree, everywhere) if mesh else tree
+    if jax.process_count() > 1 and everywhere:
+      # As `device_put`, which would compare the hosts' values first.
+      put = lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index])
+      return jax.tree.map(lambda x: x if isinstance(x, jax.Array) and x.committed else put(np.asarray(x)), tree)
+    return jax.device_put(tree, everywhere) if mesh else jax.device_put(tree)
+
+  def shaped(tree: PyTree) -> PyTree:
+    like = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=everywhere, weak_type=getattr(x, "weak_type", False)
+    )
+    return jax.tree.map(like, tree)
 
   def init(inputs: Inputs) -> State:
     algorithm, process = build(inputs.settings)
@@ -161,7 +183,7 @@ def simulator(
     there = population.look(process, presence, now, ids, seed)
 
     row = row_of[ids]
-    # Clients of like work lie together, so that a chunk under vmap waits for few.
+    # Clients of like work lie together, so that a chunk under vmap waits for few, and none is left for long alone.
     by_work = jnp.argsort(jnp.where(ok, -federation.train.size[row] * there.work, jnp.inf))
     ids, ok, row, there = jax.tree.map(lambda x: x[by_work], (ids, ok, row, there))
 
@@ -234,6 +256,21 @@ def simulator(
 
     return jax.lax.fori_loop(0, rounds, body, (state, record))
 
+  @compiled
+  def schedule(
+    presence: PyTree, seed: Array, settings: PyTree, now: Array, rounds: Array
+  ) -> tuple[PyTree, Array, Array]:
+    _, process = build(settings)
+
+    def body(i, carry):
+      presence, all_ids, all_ok = carry
+      presence = population.step(process, presence, now + i, seed)
+      ids, ok = draw_cohort(process, presence, now + i, seed, population_size, cohort_size)
+      return presence, all_ids.at[i].set(ids), all_ok.at[i].set(ok)
+
+    nobody = jnp.zeros((chunk, cohort_size), jnp.int32), jnp.zeros((chunk, cohort_size), bool)
+    return jax.lax.fori_loop(0, rounds, body, (presence, *nobody))
+
   def score(
     predict: Callable[[Any, Array], Any], federation: Federation, pooled: Span, model: PyTree, row: Array
   ) -> Scores:
@@ -258,8 +295,19 @@ def simulator(
   @compiled
   def score_pooled(state: State, inputs: Inputs, classes: Array) -> Array:
     algorithm, _ = build(inputs.settings)
-    answer = partial(algorithm.predict, algorithm.global_model(state.server))
-    return evaluate(answer, inputs.federation.store, inputs.pooled, num_classes, classes).confusion
+    # In as many runs as there are lanes, so that all devices have work.
+    parts = lanes_of(mesh)
+    each = (inputs.pooled.size + parts - 1) // parts
+    start = jnp.minimum(jnp.arange(parts) * each, inputs.pooled.size)
+    runs = Span(inputs.pooled.start + start, jnp.minimum(each, inputs.pooled.size - start))
+
+    def one(shared, run):
+      inputs, model, classes = shared
+      answer = partial(build(inputs.settings)[0].predict, model)
+      return evaluate(answer, inputs.federation.store, run, num_classes, classes).confusion, ()
+
+    shared = inputs, algorithm.global_model(state.server), classes
+    return over_clients(one)(shared, runs, jnp.ones(parts, bool))[0]
 
   @compiled
   def score_personal(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:
@@ -294,12 +342,17 @@ def simulator(
   return Simulator(
     init=compiled(init),
     advance=advance,
+    schedule=schedule,
     score_global=score_global,
     score_pooled=score_pooled,
     score_personal=score_personal,
     place=place,
+    shaped=shaped,
+    mesh=mesh,
     block=_SCORED if kind == "sequential" else width or _SCORED_TOGETHER,
     chunk=chunk,
+    cohort_size=cohort_size,
+    population_size=population_size,
     num_classes=num_classes,
     has_global_model=jax.eval_shape(has_global_model, inputs) is not None,
   )

@@ -13,9 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from apfl_jax import metrics
+from apfl_jax.simulation import memory
 from apfl_jax.simulation.checkpoints import Checkpoints
 from apfl_jax.simulation.rounds import Inputs, Scores, Simulator
-from apfl_jax.types import State
+from apfl_jax.simulation.staging import Staging
+from apfl_jax.types import PyTree, State
 
 
 class Record(NamedTuple):
@@ -40,7 +42,7 @@ class Result(NamedTuple):
   """What a run ends with.
 
   Attributes:
-    state: after the last round.
+    state: after the last round; its `times` are [N], its `clients` only what is on the device.
     record: see `Record`.
     rows: int32 [R], the federation rows that were scored.
     presence_ids: int32 [N'], the ids of the presence map.
@@ -48,6 +50,7 @@ class Result(NamedTuple):
     dropped: bool [N] by row, never took part or left for good.
     global_scores: Scores [R] of the global model on the clients' own test examples; None where the method has none.
     personal_scores: Scores [R] of the personal models.
+    plan: what memory the run was to take.
     pooled_confusion: (classes bool [C]) -> int32 [C, C], the global model on the pooled test examples, answering with
       one of these classes only; None without a global model.
   """
@@ -60,6 +63,7 @@ class Result(NamedTuple):
   dropped: np.ndarray
   global_scores: Scores | None
   personal_scores: Scores
+  plan: memory.Plan
   pooled_confusion: Callable[[np.ndarray], np.ndarray] | None
 
 
@@ -74,6 +78,9 @@ def run(
   eval_clients: int = 0,
   checkpoint_every: int = 0,
   directory: Path | None = None,
+  data_on: str = "device",
+  client_state: str = "device",
+  memory_limit: int = 0,
   on_record: Callable[[Record], None] = lambda record: None,
   progress: bool = True,
 ) -> Result:
@@ -81,42 +88,64 @@ def run(
 
   Args:
     simulator: the compiled functions.
-    inputs: what is traced.
+    inputs: what is traced, with the whole federation; NumPy arrays where it is not to be on the device.
     rounds: T >= 1.
     gone: bool [N] by row, clients that never take part or leave for good, as `population.departed` tells.
     eval_every: rounds between evaluations of the global model; 0 for the last round only.
     personalize_every: rounds between evaluations of personal models; 0 for the last round only.
     eval_clients: how many clients are scored, spread evenly over the rows; 0 for all.
     checkpoint_every: rounds between checkpoints; 0 for none.
-    directory: where checkpoints live; None for none.
+    directory: where checkpoints and files of client rows live; None for none.
+    data_on: where examples live, see `Staging`.
+    client_state: where the methods' client rows live.
+    memory_limit: bytes that the host and each device may take; 0 for what there is.
     on_record: called with the record whenever it has grown, and once at the start of a resumed run.
     progress: whether to show a bar.
+
+  Raises:
+    InputError: the memory plan says that there is no room, or checkpoints are there that cannot be read.
   """
-  inputs = simulator.place(inputs)
+  staging = Staging(
+    simulator, inputs, data_on=data_on, client_state=client_state, directory=directory and directory / "rows"
+  )
+  chatty = progress and jax.process_index() == 0
+  with Stopwatch() as first:
+    advance = simulator.advance.lower(*map(simulator.shaped, (*staging.shapes(), np.int32(0)))).compile()
+  plan = memory.plan(staging, advance, rounds)
+  memory.check(plan, simulator.population_size, memory_limit)
+  if chatty:
+    tqdm.write(str(plan), file=sys.stderr)
   population = inputs.federation.id.shape[0]
   rows = _spread(population, eval_clients)
   presence_ids = np.sort(np.asarray(inputs.federation.id)[_spread(population, 256)])
   record = Record([], [], [], [], [])
-  checkpoints = Checkpoints(directory) if directory is not None and checkpoint_every else None
-  found = checkpoints.restore(jax.eval_shape(simulator.init, inputs)) if checkpoints else None
+  keeping = directory is not None and checkpoint_every
+  checkpoints = Checkpoints(directory / "checkpoints") if directory is not None and keeping else None
+  found = checkpoints.restore(staging.shapes()[0]) if checkpoints else None
   if found:
-    state, record = simulator.place(found[0]), Record(**found[1])
+    restored_state, snapshot, kept = found
+    state, inputs = staging.begin(snapshot)
+    state = simulator.place(restored_state._replace(clients=state.clients, times=state.times))
+    record = Record(**kept)
     on_record(record)
-    if progress:
+    if chatty:
       tqdm.write(f"going on from the checkpoint of round {int(state.round)}", file=sys.stderr)
   else:
-    state = simulator.init(inputs)
+    state, inputs = staging.begin()
   restored = len(record.timings)
   done = int(state.round)
+  record.timings.append({"round": done, **first.read()})
 
   def due(every: int, at: int) -> bool:
     return bool(every) and at % every == 0
 
   def evaluate(state: State, at: int, personal: bool) -> tuple[np.ndarray, Scores | None, Scores | None]:
+    staging.flush(state)
     # Before the end, a client that was not sampled yet may still be.
-    dropped = gone | (np.asarray(state.times) == 0) if at == rounds else gone
-    bar = progress and at == rounds
-    score = partial(_score, state=state, inputs=inputs, rows=rows, block=simulator.block, progress=bar)
+    dropped = gone | (staging.times == 0) if at == rounds else gone
+    bar = chatty and at == rounds
+    bring = partial(staging.bring, state, inputs)
+    score = partial(_score, bring=bring, place=simulator.place, rows=rows, block=simulator.block, progress=bar)
     shared = score(simulator.score_global, name="scoring") if simulator.has_global_model else None
     own = score(simulator.score_personal, name="personalising") if personal else None
     pooled = np.full((), np.nan) if shared is None else metrics.accuracy(pooled_confusion(state, everything))
@@ -124,20 +153,37 @@ def run(
     return dropped, shared, own
 
   def pooled_confusion(state: State, classes: np.ndarray) -> np.ndarray:
-    return np.asarray(simulator.score_pooled(state, inputs, jnp.asarray(classes)))
+    return np.asarray(simulator.score_pooled(state, staging.pooled(state, inputs), simulator.place(classes)))
+
+  def chunk_from(start: int) -> int:
+    cadences = [c for c in (eval_every, personalize_every, checkpoint_every) if c]
+    return min([simulator.chunk, rounds - start, *(c - start % c for c in cadences)])
+
+  def cohorts(presence: PyTree, start: int) -> tuple[PyTree, Any]:
+    """The population's state after the chunk that begins at `start`, and that chunk's rows on their way."""
+    if staging.resident or start >= rounds:
+      return presence, None
+    given = inputs.seed, inputs.settings, *simulator.place((np.int32(start), np.int32(chunk_from(start))))
+    presence, ids, ok = simulator.schedule(presence, *given)
+    return presence, (np.asarray(ids), np.asarray(ok))
 
   everything = np.ones(simulator.num_classes, bool)
+  # A copy, for the state is donated while its successor is scheduled.
+  presence, expected = cohorts(jax.tree.map(jnp.copy, state.population), done)
+  incoming = staging.coming(*expected) if expected else None
 
   with tqdm(
-    total=rounds, initial=done, desc="rounds", unit="round", disable=not progress, mininterval=_interval()
+    total=rounds, initial=done, desc="rounds", unit="round", disable=not chatty, mininterval=_interval()
   ) as bar:
-    bar.set_postfix_str("compiling")
     text = ""
     while done < rounds:
-      cadences = [c for c in (eval_every, personalize_every, checkpoint_every) if c]
-      size = min([simulator.chunk, rounds - done, *(c - done % c for c in cadences)])
+      size = chunk_from(done)
       with Stopwatch() as watch:
-        state, happened = simulator.advance(state, inputs, jnp.int32(size))
+        state, inputs = staging.swap(state, inputs, incoming)
+        # Who comes next is asked before the devices are busy, and what they need gathered while they are.
+        presence, expected = cohorts(presence, done + size)
+        state, happened = advance(state, inputs, simulator.place(np.int32(size)))
+        incoming = staging.coming(*expected) if expected else None
         fetched = jax.tree.map(np.asarray, happened)
       done += size
       record.present.extend(fetched.present[:size].tolist())
@@ -152,7 +198,7 @@ def run(
       bar.update(size)
       on_record(record)
       if checkpoints and (due(checkpoint_every, done) or done == rounds):
-        checkpoints.save(state, record._asdict())
+        checkpoints.save(state, staging.snapshot(state), record._asdict())
   if checkpoints:
     checkpoints.close()
 
@@ -162,7 +208,9 @@ def run(
   on_record(record)
   assert own is not None
   confusion = partial(pooled_confusion, state) if simulator.has_global_model else None
-  return Result(state, record, rows, presence_ids, restored, dropped, shared, own, confusion)
+  staging.close()
+  state = state._replace(times=jnp.asarray(staging.times))
+  return Result(state, record, rows, presence_ids, restored, dropped, shared, own, plan, confusion)
 
 
 def _line(
@@ -187,8 +235,8 @@ def _line(
 
 def _score(
   function: Callable[..., Scores],
-  state: State,
-  inputs: Inputs,
+  bring: Callable[[np.ndarray, int], tuple[State, Inputs, np.ndarray]],
+  place: Callable[[PyTree], PyTree],
   rows: np.ndarray,
   block: int,
   name: str,
@@ -201,9 +249,9 @@ def _score(
     range(0, len(rows), block), desc=name, unit=f"x{block} clients", disable=not progress, mininterval=_interval()
   ):
     some = rows[start : start + block]
+    state, inputs, there = bring(some, block)
     ok = np.arange(block) < len(some)
-    padded = np.pad(some, (0, block - len(some)))
-    scores = function(state, inputs, jnp.asarray(padded), jnp.asarray(ok))
+    scores = function(state, inputs, *place((np.pad(there, (0, block - len(some))), ok)))
     parts.append(jax.tree.map(np.asarray, scores))
   return jax.tree.map(lambda *blocks: np.concatenate(blocks)[: len(rows)], *parts)
 

@@ -28,6 +28,7 @@ TINY = (
   "--personal_steps=20",
   "--pooled_examples=80",
   "--progress=false",
+  "--devices=1",
   "--ap_fl_friend_steps=10",
   "--ap_fl_generator_steps=2",
   "--ap_fl_generator_batch=20",
@@ -136,12 +137,10 @@ def test_a_finished_run_is_left_as_it_is(finished):
 
 def test_two_devices_give_the_same_and_compile_once(finished, tmp_path):
   workdir, _ = finished
-  environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-  flags = (f"--workdir={tmp_path}/two", *TINY)
-  result = subprocess.run(command(*flags), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+  result = train(f"--workdir={tmp_path}/two", *TINY, "--devices=2")
   assert result.returncode == 0, result.stderr
   timings = [json.loads(line) for line in (tmp_path / "two" / "timings.jsonl").read_text().splitlines()]
-  assert [row["compilations"] for row in timings[1:-1]] == [0, 0, 0]
+  assert [row["compilations"] for row in timings[1:-1]] == [0, 0, 0, 0]
   one, two = (json.loads((path / "summary.json").read_text()) for path in (workdir, tmp_path / "two"))
   assert two["device"].startswith("2 x")
   for name in ("personal_accuracy", "global_accuracy"):

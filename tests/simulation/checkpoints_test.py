@@ -12,6 +12,7 @@ import pytest
 
 from apfl_jax.errors import InputError
 from apfl_jax.simulation.checkpoints import Checkpoints
+from apfl_jax.simulation.staging import Snapshot
 from apfl_jax.types import Params, State
 
 
@@ -30,11 +31,19 @@ def state(round: int) -> State:
   return State(
     round=jnp.int32(round),
     server=Params(base={"layer": (awkward, ())}, head=inner),
-    clients=(),
-    times=jnp.asarray(rng.integers(0, 9, 5, np.int32)),
+    clients={"model": jnp.zeros((9, 2)), "count": (jnp.zeros(9, jnp.int32), ())},
+    times=jnp.zeros(9, jnp.int32),
     population=(bits, (), jnp.asarray(rng.random(5) < 0.5)),
     history=Params(base=jnp.asarray(rng.normal(size=(2, 4)), jnp.float32), head=()),
   )
+
+
+def snapshot(round: int) -> Snapshot:
+  """Of nine clients, as many visited as the rounds allow."""
+  rng = np.random.default_rng(round)
+  count = round // 5
+  clients = {"model": rng.normal(size=(count, 2)).astype(np.float32), "count": (np.arange(count, dtype=np.int32), ())}
+  return Snapshot(np.sort(rng.permutation(9)[:count]).astype(np.int32), np.full(count, round, np.int32), clients)
 
 
 def record(round: int) -> dict[str, Any]:
@@ -53,7 +62,7 @@ def written(tmp_path):
   """The folder of a run that was stopped after its checkpoints of rounds 5, 10 and 15."""
   checkpoints = Checkpoints(tmp_path / "checkpoints")
   for round in (5, 10, 15):
-    checkpoints.save(state(round), record(round))
+    checkpoints.save(state(round), snapshot(round), record(round))
   checkpoints.close()
   return tmp_path / "checkpoints"
 
@@ -66,8 +75,9 @@ def assert_restores(folder, round):
     assert found is None
   else:
     assert found is not None
-    assert_identical(found[0], state(round))
-    assert found[1] == record(round)
+    assert_identical(found[0], state(round)._replace(clients=(), times=()))
+    jax.tree.map(np.testing.assert_array_equal, found[1], snapshot(round))
+    assert found[2] == record(round)
 
 
 def test_the_newest_comes_back_bit_for_bit_and_quietly(written, capsys):
@@ -108,15 +118,15 @@ def test_a_damaged_newest_is_passed_over_aloud_and_the_run_goes_on(written, caps
   assert len(lines) == 1 and "15" in lines[0] and "unreadable" in lines[0]
   # The same run again, now quietly, and it can write what was damaged.
   checkpoints = Checkpoints(written)
-  checkpoints.save(state(15), record(15))
+  checkpoints.save(state(15), snapshot(15), record(15))
   checkpoints.close()
   assert_restores(written, 15)
   assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("like", [state(0), state(0)._replace(times=jnp.zeros(9, jnp.int32))])
+@pytest.mark.parametrize("like", [state(0), state(0)._replace(population=jnp.zeros(9))])
 def test_refuses_and_deletes_nothing_where_none_fits(written, like):
-  if like.times.shape == state(0).times.shape:
+  if isinstance(like.population, tuple):
     truncate(written)
   files = {path: path.read_bytes() for path in written.rglob("*") if path.is_file()}
   checkpoints = Checkpoints(written)

@@ -167,7 +167,7 @@ DEVICES = """
   else:
     raise AssertionError("a mesh of 3 devices was accepted")
   for count, most in ((1, None), (3, 2), (6, 4)):
-    jax.local_devices = lambda count=count: devices[:count]
+    jax.devices = lambda count=count: devices[:count]
     assert (default_mesh() and default_mesh().size) == most
 """
 

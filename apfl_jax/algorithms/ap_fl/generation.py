@@ -117,8 +117,8 @@ def generator_loss(
   """
   noise_key, shift_key = jax.random.split(key)
   size = rows.label.shape[0]
-  noise = jax.random.normal(noise_key, (size, generator.noise_size))
-  images = generator.apply(params, noise, rows.embedding)
+  noise = task.spread(jax.random.normal(noise_key, (size, generator.noise_size)))
+  images = generator.apply(params, noise, task.spread(rows.embedding))
   most = max_shift(images.shape[1])
   # One offset for the whole batch: a slice, whose gradient is cheap, where an offset a row is a scatter.
   offset = jnp.broadcast_to(jax.random.randint(shift_key, (1, 2), -most, most + 1), (size, 2))

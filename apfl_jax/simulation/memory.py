@@ -1,0 +1,176 @@
+"""What a run will need of memory, told before it begins, and refused if it is not there."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from apfl_jax.errors import InputError
+from apfl_jax.simulation.staging import Staging
+
+# The compiler and the programs of a run, beyond what Python holds after imports. Measured on a CPU with small models.
+_COMPILER = 300 * 2**20
+
+
+class Need(NamedTuple):
+  """A line of the plan.
+
+  Attributes:
+    where: 'device', on each of them, or 'host'.
+    what: in words.
+    bytes: how many.
+    by_client: whether it grows with the population.
+  """
+
+  where: str
+  what: str
+  bytes: int
+  by_client: bool
+
+
+class Plan(NamedTuple):
+  """What a run will hold at its fullest.
+
+  Attributes:
+    needs: the lines.
+    devices: how many devices of this host hold the device lines.
+    shared: whether device memory is host memory, as on a CPU.
+  """
+
+  needs: tuple[Need, ...]
+  devices: int
+  shared: bool
+
+  @property
+  def device(self) -> int:
+    """Bytes on each device."""
+    return sum(need.bytes for need in self.needs if need.where == "device")
+
+  @property
+  def host(self) -> int:
+    """Bytes in the memory of this host: on a CPU with the devices' share."""
+    own = sum(need.bytes for need in self.needs if need.where == "host")
+    return own + (self.device * self.devices if self.shared else 0)
+
+  def __str__(self) -> str:
+    """One line."""
+    text = lambda where: ", ".join(
+      f"{need.what} {human(need.bytes)}" for need in self.needs if need.where == where and need.bytes >= 2**19
+    )
+    times = f"{self.devices} x " if self.devices > 1 else ""
+    return (
+      f"memory: {times}{human(self.device)} on the device ({text('device') or 'little of anything'}),"
+      f" {human(self.host)} on the host{' with it' if self.shared else ''} ({text('host')})"
+    )
+
+
+def plan(staging: Staging, compiled: Any, rounds: int) -> Plan:
+  """Adds up what the run's arrays and XLA's own analysis of the compiled chunk of rounds say.
+
+    device = examples and index + ids and spans + client rows + server and history + seed and settings
+             + temporaries and results of the chunk (XLA) + the next chunk's rows, if rows move
+    host   = examples and index + tables of client rows + rows being moved + compiler and programs
+
+  Args:
+    staging: of the run.
+    compiled: `simulator.advance` compiled for `staging.shapes()`.
+    rounds: T, which bounds how many client rows come to exist.
+  """
+  state: Any
+  inputs: Any
+  state, inputs = staging.shapes()
+  federation: Any = inputs.federation
+  analysis = compiled.memory_analysis()
+  moved = 0 if staging.resident else _bytes((state.clients, state.times, federation._replace(store=())))
+  if not staging.resident and staging.data_on != "device":
+    moved += _bytes(federation.store)
+  visited = min(len(staging.times), rounds * staging.cohort_size)
+  everyone = staging.resident
+  device = (
+    ("examples", _bytes(federation.store), staging.resident or staging.data_on == "device"),
+    ("ids and spans", _bytes(federation._replace(store=())), everyone),
+    ("client rows", _bytes((state.clients, state.times)), everyone),
+    (
+      "server and history",
+      _bytes(state._replace(clients=(), times=())) + _bytes(inputs._replace(federation=())),
+      False,
+    ),
+    (
+      "a chunk of rounds",
+      analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+      False,
+    ),
+    ("the next chunk's rows", moved, False),
+  )
+  host = (
+    ("examples", staging.host_bytes(), True),
+    ("client rows", staging.table_bytes(visited), True),
+    ("rows being moved", 2 * moved, False),
+    ("compiler and programs", _COMPILER, False),
+  )
+  devices = jax.local_devices()
+  needs = [Need("device", *line) for line in device] + [Need("host", *line) for line in host]
+  local = len(staging.mesh.local_devices) if staging.mesh else 1
+  return Plan(tuple(needs), local, devices[0].platform == "cpu")
+
+
+def check(plan: Plan, num_clients: int, limit: int = 0) -> None:
+  """Refuses a plan that the machine has no room for.
+
+  Args:
+    plan: what is needed.
+    num_clients: N of the run.
+    limit: bytes that host and each device may take; 0 for what there is.
+
+  Raises:
+    InputError: with the number of clients that would fit.
+  """
+  stats = jax.local_devices()[0].memory_stats() or {}
+  rooms = [("host", plan.host, limit or _host_room(), plan.shared)]
+  if not plan.shared:
+    rooms.insert(0, ("device", plan.device, limit or int(stats.get("bytes_limit", 0)), True))
+  for where, total, room, with_device in rooms:
+    if not room or total <= room:
+      continue
+    everything = where == "host" and with_device
+    counted = [
+      (need.bytes * (plan.devices if everything and need.where == "device" else 1), need)
+      for need in plan.needs
+      if everything or need.where == where
+    ]
+    growing = sum(size for size, need in counted if need.by_client)
+    fixed = total - growing
+    fit = int(num_clients * (room - fixed) / growing) if growing and room > fixed else 0
+    most = max(counted, key=lambda item: item[0])[1]
+    advice = f"--num_clients={fit} would fit" if fit else "no number of clients would fit"
+    move = "" if "rows" not in most.what else "; --client_state=disk keeps client rows out of memory"
+    move = move or ("; --data_on=disk keeps examples out of memory" if most.what == "examples" else "")
+    raise InputError(
+      f"memory: the run needs {human(total)} on the {where}, most of it for {most.what}, and there are {human(room)};"
+      f" {advice}{move}"
+    )
+
+
+def human(count: float) -> str:
+  """Bytes for people."""
+  return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _bytes(tree: Any) -> int:
+  return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x.dtype, "itemsize"))
+
+
+def _host_room() -> int:
+  """Bytes of this machine, or of the container that this process is in; 0 where neither can be told."""
+  try:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  except (ValueError, OSError, AttributeError):
+    return 0
+  for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    try:
+      total = min(total, int(Path(path).read_text()))
+    except (OSError, ValueError):
+      continue
+  return total

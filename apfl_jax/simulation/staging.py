@@ -1,0 +1,341 @@
+"""Where rows live: on the devices all the time, or in host memory or on disk and on the devices when they are needed.
+
+A chunk of rounds runs on the union of its cohorts as a small federation. If all rows are on the devices that union is
+everybody and nothing ever moves; otherwise the rows of one chunk are written back and those of the next brought in.
+Of several hosts, each holds the rows of every P-th client and adds them to what all devices get.
+"""
+
+import mmap
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from apfl_jax.errors import InputError
+from apfl_jax.simulation.client_map import AXIS
+from apfl_jax.simulation.rounds import Inputs, Simulator
+from apfl_jax.types import Federation, PyTree, Span, State, Store
+
+PLACES = ("device", "host", "disk")
+_PAGE = 4096  # bytes that the system gives out at a time
+_PARTS = ("train", "validation", "test")
+
+
+class Snapshot(NamedTuple):
+  """The client rows that exist, for checkpoints; rows of clients never visited do not.
+
+  Attributes:
+    rows: int32 [V], row numbers in the federation.
+    times: int32 [V].
+    clients: pytree [V, ...].
+  """
+
+  rows: np.ndarray
+  times: np.ndarray
+  clients: PyTree
+
+
+class _Incoming(NamedTuple):
+  """Rows on their way: what can be gathered before the rounds in progress end."""
+
+  rows: np.ndarray
+  size: int
+  inputs: Inputs
+  times: np.ndarray
+  clients: PyTree
+
+
+class Staging:
+  """The rows of a run. At any time some are current, that is on the devices, in `State.clients` and in the inputs."""
+
+  def __init__(
+    self,
+    simulator: Simulator,
+    inputs: Inputs,
+    *,
+    data_on: str = "device",
+    client_state: str = "device",
+    directory: Path | None = None,
+  ):
+    """Makes no row current yet; see `begin`.
+
+    Args:
+      simulator: the compiled functions.
+      inputs: with the whole federation; NumPy arrays, of which `disk` expects memory-mapped images.
+      data_on: where examples live: 'device', 'host' or 'disk'.
+      client_state: where the methods' client rows live.
+      directory: where files of client rows are made; only `disk` needs it.
+
+    Raises:
+      InputError: an unknown place, or `disk` without a directory.
+    """
+    for name, place in (("data_on", data_on), ("client_state", client_state)):
+      if place not in PLACES:
+        raise InputError(f"{name}: got {place!r}, accepted are {', '.join(PLACES)}")
+    if client_state == "disk" and directory is None:
+      raise InputError("client_state: got 'disk' without a run directory to keep the files in")
+    self._simulator = simulator
+    whole = jax.tree.map(np.asarray, inputs)
+    self._federation: Federation = whole.federation
+    self._pooled: Span = whole.pooled
+    self.data_on, self.cohort_size, self.mesh = data_on, simulator.cohort_size, simulator.mesh
+    population = len(self._federation.id)
+    union = min(population, simulator.chunk * simulator.cohort_size)
+    moving = (data_on, client_state) != ("device", "device")
+    self.size = union if moving else population
+    self.resident = self.size == population
+    # Rows by id, for a schedule tells ids.
+    self._row_of = np.zeros(simulator.population_size, np.int64)
+    self._row_of[self._federation.id] = np.arange(population)
+    self._mine = np.arange(population) % jax.process_count() == jax.process_index()
+
+    plain = whole._replace(federation=(), pooled=())
+    self._rest: Any = simulator.place(plain)
+    self._store: Store | None = None
+    self.times = np.zeros(population, np.int32)
+    self._directory = directory if client_state == "disk" else None
+    self._clients: PyTree = ()
+    self._current = np.zeros(0, np.int64)
+    self._flushed: Any = None
+
+  # --- what a run asks for --------------------------------------------------------------------------------------------
+
+  def begin(self, snapshot: Snapshot | None = None) -> tuple[State, Inputs]:
+    """The state before round 0 and its inputs, with the first rows current; or with a checkpoint's client rows."""
+    first = np.arange(self.size)
+    if self.data_on == "device":
+      self._store = self._simulator.place(self._federation.store)
+    if not self.resident:
+      # A file or a page that is never written takes no room: rows do not exist before their client's first visit.
+      leaves, form = jax.tree.flatten(self.shapes()[0].clients)
+      tables = [_table(len(self.times), self._directory, number, leaf) for number, leaf in enumerate(leaves)]
+      self._clients = jax.tree.unflatten(form, tables)
+    inputs = self._inputs(first, self.size, pooled=self.resident)
+    state = self._simulator.init(inputs)
+    self._current = first
+    if snapshot is not None:
+      self.times[snapshot.rows] = snapshot.times
+      if self.resident:
+        clients = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), jax.eval_shape(lambda: state.clients))
+        jax.tree.map(lambda all, some: all.__setitem__(snapshot.rows, some), clients, snapshot.clients)
+        state = state._replace(clients=self._simulator.place(clients), times=self._simulator.place(self.times))
+      else:
+        self._scatter(snapshot.rows, snapshot.clients)
+        self._current = np.zeros(0, np.int64)  # what is there now means nothing
+    return state, inputs
+
+  def coming(self, ids: np.ndarray, ok: np.ndarray) -> _Incoming | None:
+    """The rows of the next cohorts, gathered as far as they are not current; None if they all are.
+
+    Args:
+      ids: int32 [...], of the cohorts.
+      ok: bool, same shape.
+    """
+    return self._gather(np.unique(self._row_of[ids[ok]]), self.size, pooled=False)
+
+  def swap(self, state: State, inputs: Inputs, incoming: _Incoming | None) -> tuple[State, Inputs]:
+    """Writes the current rows back and makes the incoming ones current."""
+    if incoming is None:
+      return state, inputs
+    self.flush(state)
+    overlap = np.isin(incoming.rows, self._current, assume_unique=True)
+    if overlap.any():  # gathered before they were written back
+      again = incoming.rows[overlap]
+      incoming.times[np.flatnonzero(overlap)] = self.times[again]
+      jax.tree.map(
+        lambda some, all: some.__setitem__(np.flatnonzero(overlap), all[again]), incoming.clients, self._clients
+      )
+    self._current = incoming.rows
+    times, clients = self._everywhere((incoming.times, incoming.clients), incoming.rows)
+    return state._replace(times=times, clients=clients), incoming.inputs
+
+  def bring(self, state: State, inputs: Inputs, rows: np.ndarray, size: int) -> tuple[State, Inputs, np.ndarray]:
+    """A state and inputs in which these rows can be scored, and where they are there, int32 [len(rows)].
+
+    The state given stays as it is, and stays current.
+    """
+    if self.resident:
+      return state, inputs, rows
+    self.flush(state)
+    incoming = self._gather(rows, size, pooled=True, always=True)
+    assert incoming is not None
+    times, clients = self._everywhere((incoming.times, incoming.clients), incoming.rows)
+    there = np.searchsorted(incoming.rows, rows)
+    return state._replace(times=times, clients=clients), incoming.inputs, there.astype(np.int32)
+
+  def pooled(self, state: State, inputs: Inputs) -> Inputs:
+    """Inputs in which the pooled test examples are."""
+    return self.bring(state, inputs, np.arange(1), 1)[1]
+
+  def flush(self, state: State) -> None:
+    """Writes the current rows back, so that `times` and `snapshot` tell the truth."""
+    count = len(self._current)
+    if not count or self._flushed is state.times:
+      return
+    self._flushed = state.times
+    self.times[self._current] = np.asarray(state.times)[:count]
+    if not self.resident:
+      self._scatter(self._current, jax.tree.map(lambda x: np.asarray(x)[:count], state.clients))
+
+  def snapshot(self, state: State) -> Snapshot:
+    """All client rows that exist."""
+    self.flush(state)
+    rows = np.flatnonzero(self.times).astype(np.int32)
+    if self.resident:
+      clients = jax.tree.map(lambda x: np.asarray(x)[rows], state.clients)
+    else:
+      clients = jax.tree.map(lambda x: x[rows], self._clients)
+      if jax.process_count() > 1:
+        mine = self._mine[rows]
+        clients = jax.tree.map(lambda x: np.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x, 0), clients)
+        gathered = multihost_utils.process_allgather(clients)
+        clients = jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), gathered)
+    return Snapshot(rows, self.times[rows], clients)
+
+  def close(self) -> None:
+    """Deletes the files of client rows; a checkpoint holds what is needed of them."""
+    if self._directory:
+      shutil.rmtree(self._directory, ignore_errors=True)
+
+  def shapes(self) -> tuple[State, Inputs]:
+    """Shapes of what the compiled chunk gets; nothing is computed or moved."""
+    store: Any = self._federation.store
+    if self.data_on != "device":
+      length = self._capacity(self.size) + (int(self._pooled.size) if self.resident else 0)
+      store = jax.tree.map(lambda x: np.broadcast_to(x[:1], (length, *x.shape[1:])), store)
+    rows = lambda tree: jax.tree.map(lambda x: np.broadcast_to(x[:1], (self.size, *x.shape[1:])), tree)
+    whole: Any = self._federation
+    federation = rows(whole._replace(store=()))._replace(store=store)
+    inputs = jax.tree.map(_shape, self._rest._replace(federation=federation, pooled=self._pooled))
+    return jax.eval_shape(self._simulator.init, inputs), inputs
+
+  def table_bytes(self, visited: int) -> int:
+    """Bytes that the tables of client rows take when so many clients were visited."""
+    if self.resident:
+      return 0
+    page = 1 if self._directory else _PAGE
+    leaves = jax.tree.leaves(self.shapes()[0].clients)
+    each = sum(max(page, int(np.prod(x.shape[1:])) * x.dtype.itemsize) for x in leaves)
+    return min(visited * each, len(self.times) * sum(int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in leaves))
+
+  def host_bytes(self) -> int:
+    """Bytes of the whole federation in this host's memory; memory-mapped arrays count nothing."""
+    arrays = [x for x in jax.tree.leaves(self._federation) if not isinstance(_owner(x), mmap.mmap)]
+    return sum(x.nbytes for x in arrays) + self.times.nbytes + self._row_of.nbytes
+
+  # --- moving ---------------------------------------------------------------------------------------------------------
+
+  def _gather(self, rows: np.ndarray, size: int, *, pooled: bool, always: bool = False) -> _Incoming | None:
+    if not always and (self.resident or np.isin(rows, self._current, assume_unique=True).all()):
+      return None
+    inputs = self._inputs(rows, size, pooled=pooled)
+    fill = lambda x: np.concatenate([x[rows], np.zeros((size - len(rows), *x.shape[1:]), x.dtype)])
+    return _Incoming(rows, size, inputs, fill(self.times), jax.tree.map(fill, self._clients))
+
+  def _scatter(self, rows: np.ndarray, clients: PyTree) -> None:
+    mine = self._mine[rows]
+    jax.tree.map(lambda all, some: all.__setitem__(rows[mine], some[mine]), self._clients, clients)
+
+  def _inputs(self, rows: np.ndarray, size: int, *, pooled: bool) -> Inputs:
+    """The inputs with a federation of these rows alone, padded to `size` rows of nobody."""
+    whole: Any = self._federation
+    blank = np.full(size - len(rows), self._simulator.population_size, np.int32)  # no client's id
+    ids = np.concatenate([whole.id[rows], blank])
+    pad = lambda x: np.concatenate([x[rows], np.zeros_like(blank)])
+    spans = {part: jax.tree.map(pad, getattr(whole, part)) for part in _PARTS}
+    place = self._simulator.place
+    if self._store is not None:
+      federation = Federation(self._store, *place((ids, *spans.values())))
+      return self._rest._replace(federation=federation, pooled=place(self._pooled))
+
+    sizes = np.stack([spans[part].size for part in _PARTS], axis=1).astype(np.int64)  # [size, parts]
+    starts = np.stack([spans[part].start for part in _PARTS], axis=1)
+    ends = np.cumsum(sizes).reshape(sizes.shape)
+    where = np.repeat(starts.ravel() - (ends - sizes).ravel(), sizes.ravel()) + np.arange(ends.ravel()[-1])
+    examples = whole.store.index[where]
+    length = self._capacity(size)
+    extra = int(self._pooled.size) if pooled else 0
+    mine = np.repeat(self._mine[np.concatenate([rows, blank * 0])], sizes.sum(axis=1))
+    tail = whole.store.index[int(self._pooled.start) : int(self._pooled.start) + extra]
+    chosen = np.concatenate([examples, tail])
+    at = np.concatenate([np.arange(len(examples)), length + np.arange(extra)])
+    # Pooled examples come from the first host alone.
+    from_here = np.concatenate([mine, np.full(extra, jax.process_index() == 0)])
+    images = np.zeros((length + extra, *whole.store.images.shape[1:]), np.uint8)
+    labels = np.zeros(length + extra, np.int32)
+    images[at[from_here]] = whole.store.images[chosen[from_here]]
+    labels[at[from_here]] = whole.store.labels[chosen[from_here]]
+    images, labels = self._sum_over_hosts((images, labels))
+    store = Store(images, labels, place(np.arange(length + extra, dtype=np.int32)))
+    new = [
+      Span(*place(((ends - sizes)[:, i].astype(np.int32), sizes[:, i].astype(np.int32)))) for i in range(len(_PARTS))
+    ]
+    federation = Federation(store, place(ids), *new)
+    return self._rest._replace(federation=federation, pooled=Span(*place((np.int32(length), np.int32(extra)))))
+
+  def _capacity(self, size: int) -> int:
+    """Index entries that any `size` clients need at most; rounded up, so that another seed has the same."""
+    each = sum(getattr(self._federation, part).size.astype(np.int64) for part in _PARTS)
+    most = int(np.sort(each)[::-1][:size].sum())
+    step = 1 << max(0, most.bit_length() - 4)
+    return max(1, -(-most // step) * step)
+
+  def _everywhere(self, tree: PyTree, rows: np.ndarray) -> PyTree:
+    """Rows on all devices; of several hosts, each gives those that it holds."""
+    times, clients = tree
+    if jax.process_count() == 1:
+      return self._simulator.place(tree)
+    mine = np.zeros(len(times), bool)
+    mine[: len(rows)] = self._mine[rows]
+    clients = jax.tree.map(lambda x: np.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros_like(x)), clients)
+    return self._simulator.place(times), self._sum_over_hosts(clients)
+
+  def _sum_over_hosts(self, tree: PyTree) -> PyTree:
+    if jax.process_count() == 1:
+      return self._simulator.place(tree)
+    mesh = self._simulator.mesh
+    assert mesh is not None
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    local = len(mesh.local_devices)
+
+    def spread(x: np.ndarray) -> jax.Array:
+      padded = np.concatenate([x[None], np.zeros((local - 1, *x.shape), x.dtype)])
+      return jax.make_array_from_process_local_data(split, padded)
+
+    return _added(mesh)(jax.tree.map(spread, tree))
+
+
+@cache
+def _added(mesh: Mesh) -> Callable[[PyTree], PyTree]:
+  whole = NamedSharding(mesh, PartitionSpec())
+  return jax.jit(lambda tree: jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), tree), out_shardings=whole)
+
+
+def _owner(x: Any) -> Any:
+  """What holds an array's memory."""
+  while isinstance(x, np.ndarray) and x.base is not None:
+    x = x.base
+  return x
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _table(population: int, directory: Path | None, number: int, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+  """Zeros [N, ...] for one leaf of the clients' state: in memory, or in a file of this host."""
+  form = (population, *shape.shape[1:])
+  if directory is None:
+    return np.zeros(form, shape.dtype)
+  directory.mkdir(parents=True, exist_ok=True)
+  path = directory / f"clients-{number}-of-host-{jax.process_index()}.npy"
+  path.unlink(missing_ok=True)
+  if not np.prod(form):
+    return np.zeros(form, shape.dtype)
+  return np.lib.format.open_memmap(path, mode="w+", dtype=shape.dtype, shape=form)
