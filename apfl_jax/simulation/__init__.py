@@ -1,14 +1,16 @@
 """How many clients run at once, and how a run goes on from round to round."""
 
+from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.client_map import client_map, default_mesh, executed_steps, resolve, spread
 from apfl_jax.simulation.cost import Cost, Prices, cost, prices
-from apfl_jax.simulation.memory import Plan
+from apfl_jax.simulation.memory import Plan, check, plan
 from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Scores, Simulator, simulator
 from apfl_jax.simulation.run import Record, Result, Stopwatch, peak_memory_bytes, run
 from apfl_jax.simulation.staging import PLACES, Staging
 
 __all__ = [
   "PLACES",
+  "Chunks",
   "Cost",
   "Inputs",
   "Plan",
@@ -20,11 +22,13 @@ __all__ = [
   "Simulator",
   "Staging",
   "Stopwatch",
+  "check",
   "client_map",
   "cost",
   "default_mesh",
   "executed_steps",
   "peak_memory_bytes",
+  "plan",
   "prices",
   "resolve",
   "run",

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from apfl_jax import metrics
 from apfl_jax.simulation import memory
 from apfl_jax.simulation.checkpoints import Checkpoints
+from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.rounds import Inputs, Scores, Simulator
 from apfl_jax.simulation.staging import Staging
 from apfl_jax.types import PyTree, State
@@ -159,18 +160,8 @@ def run(
     cadences = [c for c in (eval_every, personalize_every, checkpoint_every) if c]
     return min([simulator.chunk, rounds - start, *(c - start % c for c in cadences)])
 
-  def cohorts(presence: PyTree, start: int) -> tuple[PyTree, Any]:
-    """The population's state after the chunk that begins at `start`, and that chunk's rows on their way."""
-    if staging.resident or start >= rounds:
-      return presence, None
-    given = inputs.seed, inputs.settings, *simulator.place((np.int32(start), np.int32(chunk_from(start))))
-    presence, ids, ok = simulator.schedule(presence, *given)
-    return presence, (np.asarray(ids), np.asarray(ok))
-
   everything = np.ones(simulator.num_classes, bool)
-  # A copy, for the state is donated while its successor is scheduled.
-  presence, expected = cohorts(jax.tree.map(jnp.copy, state.population), done)
-  incoming = staging.coming(*expected) if expected else None
+  chunks = Chunks(simulator, staging, state, inputs, advance)
 
   with tqdm(
     total=rounds, initial=done, desc="rounds", unit="round", disable=not chatty, mininterval=_interval()
@@ -179,16 +170,13 @@ def run(
     while done < rounds:
       size = chunk_from(done)
       with Stopwatch() as watch:
-        state, inputs = staging.swap(state, inputs, incoming)
-        # Who comes next is asked before the devices are busy, and what they need gathered while they are.
-        presence, expected = cohorts(presence, done + size)
-        state, happened = advance(state, inputs, simulator.place(np.int32(size)))
-        incoming = staging.coming(*expected) if expected else None
-        fetched = jax.tree.map(np.asarray, happened)
+        then = chunk_from(done + size) if done + size < rounds else 0
+        happened = chunks.run(size, then)
+        state, inputs = chunks.state, chunks.inputs
       done += size
-      record.present.extend(fetched.present[:size].tolist())
-      record.arrived.extend(fetched.arrived[:size].tolist())
-      record.presence.extend(_presence(fetched.ids[:size], fetched.status[:size], presence_ids, population))
+      record.present.extend(happened.present.tolist())
+      record.arrived.extend(happened.arrived.tolist())
+      record.presence.extend(_presence(np.asarray(happened.ids), np.asarray(happened.status), presence_ids, population))
       record.timings.append({"round": done, **watch.read()})
       if done < rounds and (due(eval_every, done) or due(personalize_every, done)):
         evaluate(state, done, personal=due(personalize_every, done))

@@ -1,5 +1,6 @@
 """The client map against a Python loop over the clients, on one device and on several."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from apfl_jax.errors import InputError
-from apfl_jax.simulation import client_map, resolve
+from apfl_jax.simulation import client_map, executed_steps, resolve
 
 HOWS = ["sequential", "vmap", "vmap:1", "vmap:3", "vmap:16"]
 
@@ -114,6 +115,35 @@ def test_resolve_says_what_it_takes(how):
     resolve(how)
   message = str(error.value)
   assert repr(how) in message and "sequential" in message and "vmap:CHUNK" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("count", [5, 40])
+def test_executed_steps_are_those_that_run(how, count):
+  """Counted by a callback in the loop's body, which a masked client's steps reach as well."""
+  steps = -np.sort(-np.random.default_rng(count).integers(0, 9, count))
+  seen = []
+
+  def one(shared, row):
+    def body(i, x):
+      jax.debug.callback(lambda _: seen.append(1), x)
+      return x + 1
+
+    return (), jax.lax.fori_loop(0, row, body, 0)
+
+  _, done = jax.jit(client_map(one, how))((), jnp.asarray(steps), jnp.asarray(steps > 0))
+  jax.effects_barrier()
+  np.testing.assert_array_equal(done, steps)
+  assert len(seen) == executed_steps(steps, how)
+
+
+def test_little_work_is_masked():
+  """Clients with 1 to 500 examples, batches of 16, one epoch (what the last short batches waste is not counted)."""
+  for seed, devices in itertools.product(range(3), (1, 2, 8)):
+    steps = -(-np.random.default_rng(seed).integers(1, 501, 100) // 16)
+    assert executed_steps(steps, "sequential", devices) == steps.sum()
+    assert 1 - steps.sum() / executed_steps(steps, "vmap", devices) <= 0.25
+    assert 1 - steps.sum() / executed_steps(steps, f"vmap:{len(steps)}") > 0.4
 
 
 DEVICES = """
