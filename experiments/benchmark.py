@@ -2,12 +2,15 @@
 
 The cases of a suite are built first and then timed in turns, so that whatever else the machine does falls on all of
 them. Shares are of the rate of a 2048 x 2048 float32 matrix product, measured in the same turns. Images are noise:
-speed does not depend on what they show.
+speed does not depend on what they show. With `--peers`, other simulators do the same work in the same turns
+(`experiments/peers`), one process at a time; their ratios are medians over the turns of our speed over theirs.
 """
 
+import contextlib
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -22,11 +25,13 @@ from absl import flags
 from apfl_jax import data, simulation
 from apfl_jax.files import replacing
 from apfl_jax.settings import Limits, checked
-from experiments import config, job
+from experiments import config, job, peers
 from experiments.config import Config
+from experiments.peers import Peer, PeerError
 
 _SIDE = 2048  # of the matrix product that rates are compared with
 _REPEATS = 5
+_TRAIN_SHARE = 0.6  # of a client's examples, as `data.build` divides them
 
 
 class Case(NamedTuple):
@@ -38,6 +43,7 @@ class Case(NamedTuple):
     samples: examples trained on or made by a call, those read twice counted twice.
     clients: client updates of a call; None where no client takes part.
     flops: matrix products and convolutions of a call, as the ledger counts them; None where it was not asked.
+    peer: the spec of the same work for other simulators (see `experiments.peers`); None where they have no twin of it.
   """
 
   name: str
@@ -45,6 +51,7 @@ class Case(NamedTuple):
   samples: int
   clients: int | None = None
   flops: float | None = None
+  peer: dict[str, Any] | None = None
 
 
 class Rounds:
@@ -87,27 +94,52 @@ class Rounds:
     """What the method's functions cost."""
     return simulation.prices(self.job.build, self.inputs, self.state.server)
 
+  def peer(self, case: str, samples: int, *, scored: bool = False) -> dict[str, Any]:
+    """The spec of a round for other simulators; `scored` if a call scores the clients' tests too."""
+    federation = self.inputs.federation
+    return {
+      "case": case,
+      "model": self.config.model,
+      "image_shape": list(federation.store.images.shape[1:]),
+      "classes": 10,
+      "examples": len(federation.store.images),
+      "train": np.asarray(federation.train.size).tolist(),
+      "test": np.asarray(federation.test.size).tolist() if scored else [],
+      "steps": self.config.local_steps,
+      "batch": self.config.batch_size,
+      "learning_rate": self.config.learning_rate,
+      "seed": self.config.seed,
+      "samples": samples,
+    }
+
 
 def local_training() -> Iterator[Case]:
-  """SGD on clients alone: a FedAvg round in which all take part, nothing evaluated."""
-  for model, shape, clients, steps, batch in (
-    ("mlp", (8, 8, 1), 128, 20, 16),
-    ("cnn_small", (28, 28, 1), 32, 4, 32),
-    ("cnn", (28, 28, 1), 8, 4, 32),
+  """SGD on clients alone: a FedAvg round in which all take part, nothing evaluated.
+
+  Training sets are whole batches, so that no step is short. `pfl_cifar10` is one epoch of the cross-device setting of
+  pfl-research's benchmark (50 clients of 50 examples, batches of 10), with our `cnn` in place of its network.
+  """
+  for label, model, shape, clients, steps, batch, size in (
+    ("mlp/K=128", "mlp", (8, 8, 1), 128, 20, 16, 64),
+    ("cnn_small/K=32", "cnn_small", (28, 28, 1), 32, 4, 32, 128),
+    ("cnn/K=8", "cnn", (28, 28, 1), 8, 4, 32, 128),
+    ("pfl_cifar10/K=50", "cnn", (32, 32, 3), 50, 5, 10, 50),
   ):
     for how in ("sequential", "vmap"):
       rounds = Rounds(
         shape,
         model=model,
         num_clients=clients,
-        examples_per_client=4 * batch,
+        examples_per_client=round(size / _TRAIN_SHARE),
         local_steps=steps,
         batch_size=batch,
         client_map=how,
       )
-      name = f"{model}/K={clients}" + ("" if how == "sequential" else f"/{how}")
+      name = label + ("" if how == "sequential" else f"/{how}")
+      samples = clients * steps * batch
       flops = float(rounds.prices().local_update.sum())
-      yield Case(name, rounds.advance, clients * steps * batch, clients, flops)
+      spec = rounds.peer(label, samples) if how == "sequential" else None
+      yield Case(name, rounds.advance, samples, clients, flops, spec)
 
 
 def whole_round() -> Iterator[Case]:
@@ -123,7 +155,9 @@ def whole_round() -> Iterator[Case]:
   )
   trained = int(rounds.inputs.federation.train.size.sum())
   call = lambda: (rounds.advance(), rounds.score(rounds.simulator.score_global))
-  yield Case("fedavg/cnn_small/N=100", call, trained, 100, float(rounds.prices().local_update.sum()))
+  name = "fedavg/cnn_small/N=100"
+  flops = float(rounds.prices().local_update.sum())
+  yield Case(name, call, trained, 100, flops, rounds.peer(name, trained, scored=True))
 
 
 def population() -> Iterator[Case]:
@@ -185,44 +219,97 @@ SUITES: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-def measure(suite: str, repeats: int) -> list[dict[str, Any]]:
-  """A row for each case of a suite; times are medians over `repeats` turns, after a first call that compiles."""
-  cases, compiling = [], []
+class _Timed(NamedTuple):
+  """A case and the seconds of its turns, ours and by peer."""
+
+  case: Case
+  compile_seconds: float
+  seconds: list[float]
+  peers: dict[str, list[float]]
+
+
+def measure(suite: str, repeats: int, others: Sequence[Peer] = ()) -> list[dict[str, Any]]:
+  """A row for each case of a suite, then one for each peer that did a case.
+
+  Times are medians over `repeats` turns, after a first call that compiles. A peer that cannot do a case costs a line.
+  """
+  found = {peer.name: peer for peer in others}
+
+  def ask(timed: _Timed, name: str) -> float | None:
+    try:
+      return found[name].turn(timed.case.peer or {})
+    except PeerError as error:
+      timed.peers.pop(name, None)
+      print(f"{suite} {timed.case.name}: {name} left out: {error}", file=sys.stderr, flush=True)
+      return None
+
+  cases: list[_Timed] = []
   for case in SUITES[suite]():
     with simulation.Stopwatch() as watch:
       jax.block_until_ready(case.call())
-    cases.append(case)
-    compiling.append(watch.read()["compile_seconds"])
+    timed = _Timed(case, watch.read()["compile_seconds"], [], {})
+    timed.peers.update({name: [] for name in found if case.peer and ask(timed, name) is not None})
+    cases.append(timed)
   square = jnp.ones((_SIDE, _SIDE))
   product = jax.jit(jnp.matmul)
   jax.block_until_ready(product(square, square))
-  calls = [case.call for case in cases]
-  turns = [[_seconds(call) for call in (lambda: product(square, square), *calls)] for _ in range(repeats)]
-  rate = 2 * _SIDE**3 / statistics.median(turn[0] for turn in turns)
+  products = []
+  for _ in range(repeats):
+    products.append(_seconds(lambda: product(square, square)))
+    for timed in cases:
+      timed.seconds.append(_seconds(timed.case.call))
+      for name in tuple(timed.peers):
+        seconds = ask(timed, name)
+        if seconds is not None:
+          timed.peers[name].append(seconds)
+  rate = 2 * _SIDE**3 / statistics.median(products)
+  device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+  return [_own_row(suite, timed, rate, device) for timed in cases] + [
+    _peer_row(suite, timed, found[name], device) for timed in cases for name in timed.peers
+  ]
 
-  rows = []
-  for case, compile_seconds, times in zip(cases, compiling, list(zip(*turns, strict=True))[1:], strict=True):
-    seconds = statistics.median(times)
-    rows.append(
-      {
-        "suite": suite,
-        "case": case.name,
-        "seconds": seconds,
-        "seconds_min": min(times),
-        "seconds_max": max(times),
-        "repeats": repeats,
-        "compile_seconds": compile_seconds,
-        "samples_per_second": case.samples / seconds,
-        "clients_per_second": None if case.clients is None else case.clients / seconds,
-        "flops_per_second": None if case.flops is None else case.flops / seconds,
-        "matmul_flops_per_second": rate,
-        "share_of_matmul_rate": None if case.flops is None else case.flops / seconds / rate,
-        "peak_memory_bytes": simulation.peak_memory_bytes(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": job.versions(),
-      }
-    )
-  return rows
+
+def _times(suite: str, case: Case, times: Sequence[float]) -> dict[str, Any]:
+  seconds = statistics.median(times)
+  return {
+    "suite": suite,
+    "case": case.name,
+    "seconds": seconds,
+    "seconds_min": min(times),
+    "seconds_max": max(times),
+    "repeats": len(times),
+    "samples_per_second": case.samples / seconds,
+    "clients_per_second": None if case.clients is None else case.clients / seconds,
+  }
+
+
+def _own_row(suite: str, timed: _Timed, rate: float, device: str) -> dict[str, Any]:
+  times = _times(suite, timed.case, timed.seconds)
+  flops = None if timed.case.flops is None else timed.case.flops / times["seconds"]
+  return times | {
+    "peer": None,
+    "compile_seconds": timed.compile_seconds,
+    "flops_per_second": flops,
+    "matmul_flops_per_second": rate,
+    "share_of_matmul_rate": None if flops is None else flops / rate,
+    "peak_memory_bytes": simulation.peak_memory_bytes(),
+    "device": device,
+    "versions": job.versions(),
+  }
+
+
+def _peer_row(suite: str, timed: _Timed, peer: Peer, device: str) -> dict[str, Any]:
+  """`ratio` is our speed over the peer's; `device` is what we ran on in these turns."""
+  theirs = timed.peers[peer.name]
+  ratios = [b / a for a, b in zip(timed.seconds, theirs, strict=True)]
+  return _times(suite, timed.case, theirs) | {
+    "peer": peer.name,
+    "ratio": statistics.median(ratios),
+    "ratio_min": min(ratios),
+    "ratio_max": max(ratios),
+    "device": device,
+    "versions": peer.versions,
+  }
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -233,10 +320,14 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def line(row: dict[str, Any]) -> str:
   """A row as a line for people."""
+  who = f"{row['case']} {row['peer']}" if row["peer"] else row["case"]
   parts = [
-    f"{row['suite']} {row['case']}: {row['seconds']:.4g} s ({row['seconds_min']:.4g} to {row['seconds_max']:.4g})",
+    f"{row['suite']} {who}: {row['seconds']:.4g} s ({row['seconds_min']:.4g} to {row['seconds_max']:.4g})",
     f"{row['samples_per_second']:,.0f} samples/s",
   ]
+  if row["peer"]:
+    ratio = f"ours / {row['peer']} {row['ratio']:.3g} ({row['ratio_min']:.3g} to {row['ratio_max']:.3g})"
+    return ", ".join([*parts, ratio])
   if row["clients_per_second"] is not None:
     parts.append(f"{row['clients_per_second']:,.1f} clients/s")
   if row["share_of_matmul_rate"] is not None:
@@ -252,21 +343,41 @@ def main(arguments: Sequence[str]) -> None:
   repeats = checked("repeats", flags.FLAGS.repeats, int, Limits(least=1))
   for name in flags.FLAGS.suites:
     checked("suites", name, str, Limits(choices=tuple(SUITES)))
+  for name in flags.FLAGS.peers:
+    checked("peers", name, str, Limits(choices=peers.PEERS))
   rows: list[dict[str, Any]] = []
-  for name in flags.FLAGS.suites:
-    found = measure(name, repeats)
-    if not rows:
-      versions = ", ".join(f"{key} {value}" for key, value in found[0]["versions"].items())
-      print(f"{found[0]['device']}, {versions}", flush=True)
-    print(*map(line, found), sep="\n", flush=True)
-    rows += found
+  with contextlib.ExitStack() as stack:
+    others = []
+    for name in flags.FLAGS.peers:
+      try:
+        others.append(peers.start(name))
+        stack.callback(others[-1].close)
+      except PeerError as error:
+        print(f"{name} left out: {error}", file=sys.stderr, flush=True)
+    for name in flags.FLAGS.suites:
+      found = measure(name, repeats, others)
+      if not rows:
+        versions = ", ".join(f"{key} {value}" for key, value in found[0]["versions"].items())
+        print(f"{found[0]['device']}, {versions}", flush=True)
+      print(*map(line, found), sep="\n", flush=True)
+      rows += found
   if flags.FLAGS.json:
     with replacing(Path(flags.FLAGS.json)) as path:
       path.write_text(json.dumps(rows, indent=2) + "\n")
 
 
+class _Names(flags.ListParser):
+  """A flag's list of names; the flag alone stands for all of them."""
+
+  def parse(self, argument: Any) -> list[str]:
+    """'true' and 'false' are what absl makes of `--peers` and `--nopeers`."""
+    return {"true": list(peers.PEERS), "false": []}.get(str(argument)) or super().parse(argument)
+
+
 if __name__ == "__main__":
   flags.DEFINE_list("suites", list(SUITES), f"what to measure: {', '.join(SUITES)}")
   flags.DEFINE_string("json", "", "file for the results, a list of objects")
+  text = f"other simulators that do the same in turns, alone for all: {', '.join(peers.PEERS)}"
+  flags.DEFINE_flag(flags.Flag(_Names(), flags.CsvListSerializer(","), "peers", [], text, boolean=True))
   flags.DEFINE_integer("repeats", _REPEATS, "turns; figures are medians over them")
   config.main(main)

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import benchmark
@@ -43,12 +44,22 @@ def test_a_case_goes_on_from_state_to_state():
   assert price == pytest.approx(2 * 16 * 2 * (2 * 64 * 200 + 3 * 200 * 10), rel=1e-6)
 
 
-@pytest.mark.parametrize(("flag", "word"), [("--suites=speed", "local_training"), ("--repeats=0", "1 or more")])
+@pytest.mark.parametrize(
+  ("flag", "word"), [("--suites=speed", "local_training"), ("--repeats=0", "1 or more"), ("--peers=speed", "fedjax")]
+)
 def test_bad_input_is_one_line(flag, word):
   command = [sys.executable, "-m", "experiments.benchmark", flag]
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   assert result.returncode == 2
   assert len(result.stderr.splitlines()) == 1 and word in result.stderr
+
+
+def test_the_spec_of_a_peer_is_what_we_do():
+  rounds = benchmark.Rounds((8, 8, 1), 200, model="mlp", num_clients=3, examples_per_client=27, batch_size=16)
+  spec = rounds.peer("toy", 48, scored=True)
+  assert spec["train"] == [16] * 3 and spec["test"] == np.asarray(rounds.inputs.federation.test.size).tolist()
+  assert (spec["model"], spec["image_shape"], spec["batch"], spec["samples"]) == ("mlp", [8, 8, 1], 16, 48)
+  assert rounds.peer("toy", 48)["test"] == [] and json.loads(json.dumps(spec)) == spec
 
 
 @pytest.mark.slow
