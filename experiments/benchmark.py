@@ -8,9 +8,11 @@ speed does not depend on what they show. With `--peers`, other simulators do the
 
 import contextlib
 import dataclasses
+import fnmatch
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,12 +25,14 @@ import numpy as np
 from absl import flags
 
 from apfl_jax import data, simulation
+from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
 from apfl_jax.settings import Limits, checked
 from experiments import config, job, peers
 from experiments.config import Config
 from experiments.peers import Peer, PeerError
 
+_STARTED_WITH = simulation.peak_resident_bytes()  # after imports
 _SIDE = 2048  # of the matrix product that rates are compared with
 _REPEATS = 5
 _TRAIN_SHARE = 0.6  # of a client's examples, as `data.build` divides them
@@ -43,6 +47,7 @@ class Case(NamedTuple):
     samples: examples trained on or made by a call, those read twice counted twice.
     clients: client updates of a call; None where no client takes part.
     flops: matrix products and convolutions of a call, as the ledger counts them; None where it was not asked.
+    extra: (), called after the last turn -> more fields of the row, by name.
     peer: the spec of the same work for other simulators (see `experiments.peers`); None where they have no twin of it.
   """
 
@@ -52,13 +57,20 @@ class Case(NamedTuple):
   clients: int | None = None
   flops: float | None = None
   peer: dict[str, Any] | None = None
+  extra: Callable[[], dict[str, Any]] = dict
 
 
 class Rounds:
   """A job on noise that goes from state to state, one call after another."""
 
-  def __init__(self, image_shape: tuple[int, int, int], examples: int = 5000, **settings: Any):
-    """Nobody drops, nothing is augmented; `settings` are fields of `Config`."""
+  def __init__(
+    self, image_shape: tuple[int, int, int], examples: int = 5000, *, all_visited: bool = False, **settings: Any
+  ):
+    """Nobody drops, nothing is augmented; `settings` are fields of `Config`.
+
+    With `all_visited` every client's row is written beforehand, as if it had taken part.
+    """
+    self._all_visited = all_visited
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (examples, *image_shape), np.uint8)
     labels = (np.arange(examples) % 10).astype(np.int32)
@@ -75,24 +87,54 @@ class Rounds:
     self.config = dataclasses.replace(plain, **{"settings": {}, **settings})
     self.job = job.prepare(self.config, noise)
     self.simulator = self.job.simulator
-    self.inputs = self.simulator.place(self.job.inputs)
-    self.state = self.simulator.init(self.inputs)
+    self.inputs = self.job.inputs
+    self._chunks: simulation.Chunks | None = None
+    self.planned: int | None = None
+
+  @property
+  def chunks(self) -> simulation.Chunks:
+    """The run, begun when it is first asked for; `planned` is then what the memory plan said."""
+    if self._chunks is None:
+      places = {name: getattr(self.config, name) for name in ("data_on", "client_state")}
+      places = {name: "device" if place == "auto" else place for name, place in places.items()}
+      directory = Path(tempfile.mkdtemp()) if "disk" in places.values() else None
+      staging = simulation.Staging(self.simulator, self.inputs, directory=directory, **places)
+      shapes = self.simulator.shaped((*staging.shapes(), np.int32(0)))
+      compiled = self.simulator.advance.lower(*shapes).compile()
+      plan = simulation.plan(staging, compiled, self.config.rounds)
+      self.planned = plan.host
+      snapshot = None
+      if self._all_visited:
+        count = self.config.num_clients
+        rows = staging.shapes()[0].clients
+        blank = jax.tree.map(lambda x: np.broadcast_to(x.dtype.type(0), (count, *x.shape[1:])), rows)
+        snapshot = simulation.Snapshot(np.arange(count), np.ones(count, np.int32), blank)
+      self._chunks = simulation.Chunks(self.simulator, staging, *staging.begin(snapshot), compiled)
+    return self._chunks
 
   def advance(self, rounds: int = 1) -> Any:
-    """The next rounds."""
-    self.state, happened = self.simulator.advance(self.state, self.inputs, jnp.int32(rounds))
-    return happened
+    """The next rounds; as many are taken to follow them."""
+    return self.chunks.run(rounds, rounds)
 
   def score(self, function: Callable[..., Any]) -> Any:
     """`score_global` or `score_personal` of all clients, in the blocks of a run."""
-    count = self.config.num_clients
+    count, place = self.config.num_clients, self.simulator.place
     block = min(count, self.simulator.block)
     rows = [np.arange(start, start + block) for start in range(0, count, block)]
-    return [function(self.state, self.inputs, jnp.asarray(r % count), jnp.asarray(r < count)) for r in rows]
+    return [function(self.chunks.state, self.chunks.inputs, *place((r % count, r < count))) for r in rows]
+
+  def memory(self) -> dict[str, Any]:
+    """What the memory plan said; where the process does nothing else, to be compared with its peak less its start."""
+    return {
+      "planned_memory_bytes": self.planned,
+      "memory_bytes_before": _STARTED_WITH,
+      "peak_resident_bytes": simulation.peak_resident_bytes(),
+    }
 
   def prices(self) -> simulation.Prices:
     """What the method's functions cost."""
-    return simulation.prices(self.job.build, self.inputs, self.state.server)
+    server = jax.eval_shape(self.simulator.init, self.inputs).server
+    return simulation.prices(self.job.build, self.inputs, server)
 
   def peer(self, case: str, samples: int, *, scored: bool = False) -> dict[str, Any]:
     """The spec of a round for other simulators; `scored` if a call scores the clients' tests too."""
@@ -113,7 +155,10 @@ class Rounds:
     }
 
 
-def local_training() -> Iterator[Case]:
+Wanted = Callable[[str], bool]  # whether a case is asked for, by its name: building one takes time and memory
+
+
+def local_training(wanted: Wanted) -> Iterator[Case]:
   """SGD on clients alone: a FedAvg round in which all take part, nothing evaluated.
 
   Training sets are whole batches, so that no step is short. `pfl_cifar10` is one epoch of the cross-device setting of
@@ -126,6 +171,9 @@ def local_training() -> Iterator[Case]:
     ("pfl_cifar10/K=50", "cnn", (32, 32, 3), 50, 5, 10, 50),
   ):
     for how in ("sequential", "vmap"):
+      name = label + ("" if how == "sequential" else f"/{how}")
+      if not wanted(name):
+        continue
       rounds = Rounds(
         shape,
         model=model,
@@ -135,15 +183,17 @@ def local_training() -> Iterator[Case]:
         batch_size=batch,
         client_map=how,
       )
-      name = label + ("" if how == "sequential" else f"/{how}")
       samples = clients * steps * batch
       flops = float(rounds.prices().local_update.sum())
       spec = rounds.peer(label, samples) if how == "sequential" else None
       yield Case(name, rounds.advance, samples, clients, flops, spec)
 
 
-def whole_round() -> Iterator[Case]:
+def whole_round(wanted: Wanted) -> Iterator[Case]:
   """A FedAvg round on 60,000 images of 28 x 28 among 100 skewed clients, one epoch, all clients' tests scored."""
+  name = "fedavg/cnn_small/N=100"
+  if not wanted(name):
+    return
   rounds = Rounds(
     (28, 28, 1),
     60_000,
@@ -155,30 +205,82 @@ def whole_round() -> Iterator[Case]:
   )
   trained = int(rounds.inputs.federation.train.size.sum())
   call = lambda: (rounds.advance(), rounds.score(rounds.simulator.score_global))
-  name = "fedavg/cnn_small/N=100"
   flops = float(rounds.prices().local_update.sum())
   yield Case(name, call, trained, 100, flops, rounds.peer(name, trained, scored=True))
 
 
-def population() -> Iterator[Case]:
+def uneven(wanted: Wanted) -> Iterator[Case]:
+  """Clients of 1 to 500 examples, batches of 16, one epoch: what is computed for nobody."""
+  rng = np.random.default_rng(0)
+  sizes = rng.integers(1, 501, 100).astype(np.int32)
+  for how in filter(lambda how: wanted(f"fedavg/mlp/{how}"), ("sequential", "vmap", "vmap:100")):
+    rounds = Rounds(
+      (28, 28, 1), model="mlp", num_clients=100, examples_per_client=834, local_steps=0, batch_size=16, client_map=how
+    )
+    federation = rounds.inputs.federation
+    size: Any = np.minimum(np.asarray(federation.train.size), sizes)
+    train = federation.train._replace(size=size)
+    rounds.inputs = rounds.inputs._replace(federation=federation._replace(train=train))
+    steps = -(-size // 16)
+    executed = simulation.executed_steps(steps, how, jax.device_count())
+    shares = {
+      "masked_share": 1 - float(steps.sum()) / executed,
+      "short_batch_share": 1 - float(size.sum() / (16 * steps.sum())),
+    }
+    yield Case(f"fedavg/mlp/{how}", rounds.advance, int(size.sum()), 100, extra=partial(dict, shares))
+
+
+def population(wanted: Wanted) -> Iterator[Case]:
   """Ten rounds with a cohort of 100, whatever the population; it should not matter."""
+  settings: dict[str, Any] = {
+    "model": "mlp",
+    "cohort_size": 100,
+    "examples_per_client": 20,
+    "local_steps": 0,
+    "batch_size": 16,
+    "rounds": 1_000_000,
+  }
   for clients in (1_000, 10_000, 100_000, 1_000_000):
+    name = f"fedavg/mlp/N={clients}"
+    if not wanted(name):
+      continue
+    rounds = Rounds((8, 8, 1), num_clients=clients, **settings)
+    trained = 10 * 100 * int(rounds.inputs.federation.train.size[0])
+    yield Case(name, partial(rounds.advance, 10), trained, 1000, extra=rounds.memory)
+
+
+def staged(wanted: Wanted) -> Iterator[Case]:
+  """Ten rounds of a method with client state, a cohort of 100: rows in host memory and on disk against the device.
+
+  Every row is written beforehand, as if all clients had been there: at N = 100,000 they are 6 GB.
+  """
+  for clients, place in ((1_000, "device"), (1_000, "host"), (1_000, "disk"), (100_000, "host"), (100_000, "disk")):
+    name = f"scaffold/mlp/N={clients}/{place}"
+    if not wanted(name):
+      continue
     rounds = Rounds(
       (8, 8, 1),
+      algorithm="scaffold",
       model="mlp",
       num_clients=clients,
       cohort_size=100,
       examples_per_client=20,
       local_steps=0,
       batch_size=16,
+      rounds=1_000_000,
+      client_state=place,
+      all_visited=True,
     )
     trained = 10 * 100 * int(rounds.inputs.federation.train.size[0])
-    yield Case(f"fedavg/mlp/N={clients}", partial(rounds.advance, 10), trained, 1000)
+    yield Case(name, partial(rounds.advance, 10), trained, 1000, extra=rounds.memory)
 
 
-def generator() -> Iterator[Case]:
+def generator(wanted: Wanted) -> Iterator[Case]:
   """The generator's steps of one round of AP-FL (beside one SGD step of one client)."""
   for shape in ((8, 8, 1), (28, 28, 1), (32, 32, 3)):
+    name = "ap_fl/" + "x".join(map(str, shape))
+    if not wanted(name):
+      continue
     rounds = Rounds(
       shape,
       algorithm="ap_fl",
@@ -188,31 +290,39 @@ def generator() -> Iterator[Case]:
       settings={"generator_warmup": 0.0},
     )
     made = rounds.config.settings["generator_steps"] * rounds.config.settings["generator_batch"]
-    yield Case("ap_fl/" + "x".join(map(str, shape)), rounds.advance, made, flops=rounds.prices().aggregate)
+    yield Case(name, rounds.advance, made, flops=rounds.prices().aggregate)
 
 
-def personalize() -> Iterator[Case]:
+def personalize(wanted: Wanted) -> Iterator[Case]:
   """Personal models of 16 clients, made and scored on their own tests and 500 pooled examples."""
   for algorithm in ("fedavg_ft", "ap_fl"):
+    name = f"{algorithm}/cnn_small/N=16"
+    if not wanted(name):
+      continue
     rounds = Rounds((28, 28, 1), algorithm=algorithm, num_clients=16, examples_per_client=150, pooled_examples=500)
     steps = rounds.config.personal_steps + rounds.config.settings.get("friend_steps", 0)
     samples = 16 * steps * rounds.config.batch_size
     call = partial(rounds.score, rounds.simulator.score_personal)
-    yield Case(f"{algorithm}/cnn_small/N=16", call, samples, 16, float(rounds.prices().personalize.sum()))
+    yield Case(name, call, samples, 16, float(rounds.prices().personalize.sum()))
 
 
-def scaling() -> Iterator[Case]:
+def scaling(wanted: Wanted) -> Iterator[Case]:
   """More clients of the same size in a round."""
   for clients in (10, 100, 1000):
+    name = f"fedavg/mlp/K={clients}"
+    if not wanted(name):
+      continue
     rounds = Rounds((28, 28, 1), model="mlp", num_clients=clients, examples_per_client=60, local_steps=4, batch_size=32)
     flops = float(rounds.prices().local_update.sum())
-    yield Case(f"fedavg/mlp/K={clients}", rounds.advance, clients * 4 * 32, clients, flops)
+    yield Case(name, rounds.advance, clients * 4 * 32, clients, flops)
 
 
-SUITES: dict[str, Callable[[], Iterator[Case]]] = {
+SUITES: dict[str, Callable[[Wanted], Iterator[Case]]] = {
   "local_training": local_training,
   "round": whole_round,
+  "uneven": uneven,
   "population": population,
+  "staged": staged,
   "generator": generator,
   "personalize": personalize,
   "scaling": scaling,
@@ -228,7 +338,9 @@ class _Timed(NamedTuple):
   peers: dict[str, list[float]]
 
 
-def measure(suite: str, repeats: int, others: Sequence[Peer] = ()) -> list[dict[str, Any]]:
+def measure(
+  suite: str, repeats: int, others: Sequence[Peer] = (), wanted: Wanted = lambda name: True
+) -> list[dict[str, Any]]:
   """A row for each case of a suite, then one for each peer that did a case.
 
   Times are medians over `repeats` turns, after a first call that compiles. A peer that cannot do a case costs a line.
@@ -244,7 +356,7 @@ def measure(suite: str, repeats: int, others: Sequence[Peer] = ()) -> list[dict[
       return None
 
   cases: list[_Timed] = []
-  for case in SUITES[suite]():
+  for case in SUITES[suite](wanted):
     with simulation.Stopwatch() as watch:
       jax.block_until_ready(case.call())
     timed = _Timed(case, watch.read()["compile_seconds"], [], {})
@@ -295,6 +407,7 @@ def _own_row(suite: str, timed: _Timed, rate: float, device: str) -> dict[str, A
     "peak_memory_bytes": simulation.peak_memory_bytes(),
     "device": device,
     "versions": job.versions(),
+    **timed.case.extra(),
   }
 
 
@@ -330,6 +443,11 @@ def line(row: dict[str, Any]) -> str:
     return ", ".join([*parts, ratio])
   if row["clients_per_second"] is not None:
     parts.append(f"{row['clients_per_second']:,.1f} clients/s")
+  if row.get("masked_share") is not None:
+    parts.append(f"{100 * row['masked_share']:.0f} % masked, {100 * row['short_batch_share']:.0f} % in short batches")
+  if row.get("planned_memory_bytes") is not None:
+    taken = row["peak_resident_bytes"] - row["memory_bytes_before"]
+    parts.append(f"{taken / 1e9:.2f} GB taken of {row['planned_memory_bytes'] / 1e9:.2f} planned")
   if row["share_of_matmul_rate"] is not None:
     parts.append(f"{100 * row['share_of_matmul_rate']:.0f} % of the matmul rate")
   return ", ".join(
@@ -345,6 +463,8 @@ def main(arguments: Sequence[str]) -> None:
     checked("suites", name, str, Limits(choices=tuple(SUITES)))
   for name in flags.FLAGS.peers:
     checked("peers", name, str, Limits(choices=peers.PEERS))
+  parts = flags.FLAGS.cases
+  wanted = lambda name: not parts or any(fnmatch.fnmatch(name, part) for part in parts)
   rows: list[dict[str, Any]] = []
   with contextlib.ExitStack() as stack:
     others = []
@@ -355,12 +475,16 @@ def main(arguments: Sequence[str]) -> None:
       except PeerError as error:
         print(f"{name} left out: {error}", file=sys.stderr, flush=True)
     for name in flags.FLAGS.suites:
-      found = measure(name, repeats, others)
+      found = measure(name, repeats, others, wanted)
+      if not found:
+        continue
       if not rows:
         versions = ", ".join(f"{key} {value}" for key, value in found[0]["versions"].items())
         print(f"{found[0]['device']}, {versions}", flush=True)
       print(*map(line, found), sep="\n", flush=True)
       rows += found
+  if not rows:
+    raise InputError(f"cases: got {', '.join(parts)}, which no case of the suites is called")
   if flags.FLAGS.json:
     with replacing(Path(flags.FLAGS.json)) as path:
       path.write_text(json.dumps(rows, indent=2) + "\n")
@@ -375,7 +499,9 @@ class _Names(flags.ListParser):
 
 
 if __name__ == "__main__":
-  flags.DEFINE_list("suites", list(SUITES), f"what to measure: {', '.join(SUITES)}")
+  usual = [name for name in SUITES if name != "staged"]  # which takes 7 GB of memory and as much of disk
+  flags.DEFINE_list("suites", usual, f"what to measure: {', '.join(SUITES)}")
+  flags.DEFINE_list("cases", [], "patterns of the names of cases to measure, e.g. '*/N=1000'; empty for all")
   flags.DEFINE_string("json", "", "file for the results, a list of objects")
   text = f"other simulators that do the same in turns, alone for all: {', '.join(peers.PEERS)}"
   flags.DEFINE_flag(flags.Flag(_Names(), flags.CsvListSerializer(","), "peers", [], text, boolean=True))

@@ -5,8 +5,8 @@ from apfl_jax.simulation.client_map import client_map, default_mesh, executed_st
 from apfl_jax.simulation.cost import Cost, Prices, cost, prices
 from apfl_jax.simulation.memory import Plan, check, plan
 from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Scores, Simulator, simulator
-from apfl_jax.simulation.run import Record, Result, Stopwatch, peak_memory_bytes, run
-from apfl_jax.simulation.staging import PLACES, Staging
+from apfl_jax.simulation.run import Record, Result, Stopwatch, peak_memory_bytes, peak_resident_bytes, run
+from apfl_jax.simulation.staging import PLACES, Snapshot, Staging
 
 __all__ = [
   "PLACES",
@@ -20,6 +20,7 @@ __all__ = [
   "RoundMetrics",
   "Scores",
   "Simulator",
+  "Snapshot",
   "Staging",
   "Stopwatch",
   "check",
@@ -28,6 +29,7 @@ __all__ = [
   "default_mesh",
   "executed_steps",
   "peak_memory_bytes",
+  "peak_resident_bytes",
   "plan",
   "prices",
   "resolve",

@@ -270,8 +270,11 @@ def _interval() -> float:
 def peak_memory_bytes() -> int:
   """Peak bytes in use: of the first device where it tells, else resident memory of this process."""
   stats = jax.local_devices()[0].memory_stats()
-  if stats and "peak_bytes_in_use" in stats:
-    return int(stats["peak_bytes_in_use"])
+  return int(stats["peak_bytes_in_use"]) if stats and "peak_bytes_in_use" in stats else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+  """Peak resident memory of this process; asks no device."""
   import resource
 
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -23,6 +23,7 @@ from apfl_jax.simulation.rounds import Inputs, Simulator
 from apfl_jax.types import Federation, PyTree, Span, State, Store
 
 PLACES = ("device", "host", "disk")
+_BLOCK = 4096  # rows written at a time
 _PAGE = 4096  # bytes that the system gives out at a time
 _PARTS = ("train", "validation", "test")
 
@@ -41,14 +42,25 @@ class Snapshot(NamedTuple):
   clients: PyTree
 
 
-class _Incoming(NamedTuple):
-  """Rows on their way: what can be gathered before the rounds in progress end."""
+class _Rows(NamedTuple):
+  """Some rows and what they hold, padded; on the devices.
+
+  Attributes:
+    rows: int64 [u], row numbers in the federation, ascending.
+    times: int32 [U], U >= u.
+    clients: pytree [U, ...].
+  """
 
   rows: np.ndarray
-  size: int
-  inputs: Inputs
-  times: np.ndarray
+  times: Any
   clients: PyTree
+
+
+class _Incoming(NamedTuple):
+  """Rows on their way, as they were before the rounds in progress."""
+
+  held: _Rows
+  inputs: Inputs
 
 
 class Staging:
@@ -102,6 +114,7 @@ class Staging:
     self._directory = directory if client_state == "disk" else None
     self._clients: PyTree = ()
     self._current = np.zeros(0, np.int64)
+    self._leaving: _Rows | None = None  # off the devices soon, and not in the tables yet
     self._flushed: Any = None
 
   # --- what a run asks for --------------------------------------------------------------------------------------------
@@ -130,30 +143,39 @@ class Staging:
         self._current = np.zeros(0, np.int64)  # what is there now means nothing
     return state, inputs
 
-  def coming(self, ids: np.ndarray, ok: np.ndarray) -> _Incoming | None:
-    """The rows of the next cohorts, gathered as far as they are not current; None if they all are.
+  def coming(self, ids: np.ndarray, ok: np.ndarray) -> "_Incoming | np.ndarray | None":
+    """What `swap` needs to make the rows of the next cohorts current; None if they all are.
+
+    Called while the current rows are being computed on: the tables get what left before, and give what comes next.
 
     Args:
       ids: int32 [...], of the cohorts.
       ok: bool, same shape.
     """
-    return self._gather(np.unique(self._row_of[ids[ok]]), self.size, pooled=False)
+    self._settle()
+    rows = np.unique(self._row_of[ids[ok]])
+    if self.resident or np.isin(rows, self._current, assume_unique=True).all():
+      return None
+    # Hosts exchange rows, which must not get between the collectives of the rounds in progress.
+    return rows if jax.process_count() > 1 else self._gather(rows, self.size, pooled=False)
 
-  def swap(self, state: State, inputs: Inputs, incoming: _Incoming | None) -> tuple[State, Inputs]:
-    """Writes the current rows back and makes the incoming ones current."""
+  def swap(self, state: State, inputs: Inputs, incoming: "_Incoming | np.ndarray | None") -> tuple[State, Inputs]:
+    """Makes the incoming rows current; those that were are written back with the next call of any other method."""
     if incoming is None:
       return state, inputs
-    self.flush(state)
-    overlap = np.isin(incoming.rows, self._current, assume_unique=True)
-    if overlap.any():  # gathered before they were written back
-      again = incoming.rows[overlap]
-      incoming.times[np.flatnonzero(overlap)] = self.times[again]
-      jax.tree.map(
-        lambda some, all: some.__setitem__(np.flatnonzero(overlap), all[again]), incoming.clients, self._clients
-      )
-    self._current = incoming.rows
-    times, clients = self._everywhere((incoming.times, incoming.clients), incoming.rows)
-    return state._replace(times=times, clients=clients), incoming.inputs
+    if isinstance(incoming, np.ndarray):
+      self.flush(state)
+      incoming = self._gather(incoming, self.size, pooled=False)
+    self._settle()
+    held, inputs = incoming
+    # Of rows that stay, the tables do not have the newest.
+    _, there, here = np.intersect1d(held.rows, self._current, assume_unique=True, return_indices=True)
+    moves = [np.pad(x, (0, self.size - len(x))).astype(np.int32) for x in (there, here)]
+    given = self._simulator.place((*moves, np.int32(len(there))))
+    times, clients = _moved(self.mesh)((held.times, held.clients), (state.times, state.clients), *given)
+    self._leaving = _Rows(self._current, state.times, state.clients)
+    self._current = held.rows
+    return state._replace(times=times, clients=clients), inputs
 
   def bring(self, state: State, inputs: Inputs, rows: np.ndarray, size: int) -> tuple[State, Inputs, np.ndarray]:
     """A state and inputs in which these rows can be scored, and where they are there, int32 [len(rows)].
@@ -163,25 +185,19 @@ class Staging:
     if self.resident:
       return state, inputs, rows
     self.flush(state)
-    incoming = self._gather(rows, size, pooled=True, always=True)
-    assert incoming is not None
-    times, clients = self._everywhere((incoming.times, incoming.clients), incoming.rows)
-    there = np.searchsorted(incoming.rows, rows)
-    return state._replace(times=times, clients=clients), incoming.inputs, there.astype(np.int32)
+    held, inputs = self._gather(rows, size, pooled=True)
+    return state._replace(times=held.times, clients=held.clients), inputs, np.arange(len(rows), dtype=np.int32)
 
   def pooled(self, state: State, inputs: Inputs) -> Inputs:
     """Inputs in which the pooled test examples are."""
     return self.bring(state, inputs, np.arange(1), 1)[1]
 
   def flush(self, state: State) -> None:
-    """Writes the current rows back, so that `times` and `snapshot` tell the truth."""
-    count = len(self._current)
-    if not count or self._flushed is state.times:
-      return
-    self._flushed = state.times
-    self.times[self._current] = np.asarray(state.times)[:count]
-    if not self.resident:
-      self._scatter(self._current, jax.tree.map(lambda x: np.asarray(x)[:count], state.clients))
+    """Writes the current rows into the tables, so that `times` and `snapshot` tell the truth."""
+    self._settle()
+    if self._flushed is not state.times:
+      self._flushed = state.times
+      self._write(_Rows(self._current, state.times, state.clients))
 
   def snapshot(self, state: State) -> Snapshot:
     """All client rows that exist."""
@@ -193,7 +209,7 @@ class Staging:
       clients = jax.tree.map(lambda x: x[rows], self._clients)
       if jax.process_count() > 1:
         mine = self._mine[rows]
-        clients = jax.tree.map(lambda x: np.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x, 0), clients)
+        clients = jax.tree.map(lambda x: np.where(_column(mine, x), x, np.zeros_like(x)), clients)
         gathered = multihost_utils.process_allgather(clients)
         clients = jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), gathered)
     return Snapshot(rows, self.times[rows], clients)
@@ -231,16 +247,51 @@ class Staging:
 
   # --- moving ---------------------------------------------------------------------------------------------------------
 
-  def _gather(self, rows: np.ndarray, size: int, *, pooled: bool, always: bool = False) -> _Incoming | None:
-    if not always and (self.resident or np.isin(rows, self._current, assume_unique=True).all()):
-      return None
-    inputs = self._inputs(rows, size, pooled=pooled)
-    fill = lambda x: np.concatenate([x[rows], np.zeros((size - len(rows), *x.shape[1:]), x.dtype)])
-    return _Incoming(rows, size, inputs, fill(self.times), jax.tree.map(fill, self._clients))
+  def _gather(self, rows: np.ndarray, size: int, *, pooled: bool) -> _Incoming:
+    """Rows out of the tables, and the inputs that go with them."""
+
+    def taken(table: np.ndarray) -> np.ndarray:
+      out = np.zeros((size, *table.shape[1:]), table.dtype)
+      np.take(table, rows, axis=0, out=out[: len(rows)], mode="clip")  # which needs no buffer
+      return out
+
+    clients = jax.tree.map(taken, self._clients)
+    self._release()
+    if jax.process_count() > 1:
+      mine = np.pad(self._mine[rows], (0, size - len(rows)))
+      clients = jax.tree.map(lambda x: np.where(_column(mine, x), x, np.zeros_like(x)), clients)
+    held = _Rows(rows, self._simulator.place(taken(self.times)), self._sum_over_hosts(clients))
+    return _Incoming(held, self._inputs(rows, size, pooled=pooled))
+
+  def _settle(self) -> None:
+    """Writes what left the devices into the tables."""
+    if self._leaving is not None:
+      self._write(self._leaving)
+      self._leaving = None
+
+  def _write(self, held: _Rows) -> None:
+    count = len(held.rows)
+    self.times[held.rows] = np.asarray(held.times)[:count]
+    if not self.resident:
+      self._scatter(held.rows, jax.tree.map(lambda x: np.asarray(x)[:count], held.clients))
 
   def _scatter(self, rows: np.ndarray, clients: PyTree) -> None:
-    mine = self._mine[rows]
-    jax.tree.map(lambda all, some: all.__setitem__(rows[mine], some[mine]), self._clients, clients)
+    """Client rows into the tables of this host, of several hosts only those that it holds."""
+    for start in range(0, len(rows), _BLOCK):
+      part = slice(start, start + _BLOCK)
+      some, block = rows[part], jax.tree.map(lambda x, part=part: x[part], clients)
+      if jax.process_count() > 1:
+        mine = self._mine[some]
+        some, block = some[mine], jax.tree.map(lambda x, mine=mine: x[mine], block)
+      jax.tree.map(lambda table, x, some=some: table.__setitem__(some, x), self._clients, block)
+      self._release()
+
+  def _release(self) -> None:
+    """Lets go of the pages of the files that were touched; what was written stays with the system."""
+    for table in jax.tree.leaves(self._clients) if self._directory else ():
+      pages = getattr(table, "_mmap", None)
+      if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
+        pages.madvise(mmap.MADV_DONTNEED)
 
   def _inputs(self, rows: np.ndarray, size: int, *, pooled: bool) -> Inputs:
     """The inputs with a federation of these rows alone, padded to `size` rows of nobody."""
@@ -286,17 +337,8 @@ class Staging:
     step = 1 << max(0, most.bit_length() - 4)
     return max(1, -(-most // step) * step)
 
-  def _everywhere(self, tree: PyTree, rows: np.ndarray) -> PyTree:
-    """Rows on all devices; of several hosts, each gives those that it holds."""
-    times, clients = tree
-    if jax.process_count() == 1:
-      return self._simulator.place(tree)
-    mine = np.zeros(len(times), bool)
-    mine[: len(rows)] = self._mine[rows]
-    clients = jax.tree.map(lambda x: np.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros_like(x)), clients)
-    return self._simulator.place(times), self._sum_over_hosts(clients)
-
   def _sum_over_hosts(self, tree: PyTree) -> PyTree:
+    """NumPy arrays, of which each host has filled its part, on all devices."""
     if jax.process_count() == 1:
       return self._simulator.place(tree)
     mesh = self._simulator.mesh
@@ -309,6 +351,22 @@ class Staging:
       return jax.make_array_from_process_local_data(split, padded)
 
     return _added(mesh)(jax.tree.map(spread, tree))
+
+
+@cache
+def _moved(mesh: Mesh | None) -> Callable[..., PyTree]:
+  """(new, old, to int32 [U], from int32 [U], count) -> new with `count` rows of old in it; new is donated."""
+
+  def move(new: PyTree, old: PyTree, to: jax.Array, source: jax.Array, count: jax.Array) -> PyTree:
+    one = lambda i, tree: jax.tree.map(lambda a, b: a.at[to[i]].set(b[source[i]]), tree, old)
+    return jax.lax.fori_loop(0, count, one, new)
+
+  whole = NamedSharding(mesh, PartitionSpec()) if mesh else None
+  return jax.jit(move, donate_argnums=0, out_shardings=whole)
+
+
+def _column(mask: np.ndarray, like: np.ndarray) -> np.ndarray:
+  return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
 @cache
