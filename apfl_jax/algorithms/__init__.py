@@ -8,6 +8,7 @@ from apfl_jax.algorithms.ap_fl import ap_fl
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
 from apfl_jax.algorithms.local import local
+from apfl_jax.algorithms.scaffold import scaffold
 from apfl_jax.settings import Setting, of
 from apfl_jax.types import Algorithm, Task
 
@@ -37,6 +38,7 @@ METHODS: dict[str, Method] = {
   "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629"),
   "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252"),
   "local": Method(local, "the lower bound", keeps="its model"),
+  "scaffold": Method(scaffold, "Karimireddy et al. 2020, arXiv 1910.06378", keeps="its control variate"),
 }
 
 
@@ -45,4 +47,4 @@ def settings(name: str) -> dict[str, Setting]:
   return of(METHODS[name].make)
 
 
-__all__ = ["METHODS", "Algorithm", "Method", "Task", "ap_fl", "fedavg", "fedavg_ft", "local", "settings"]
+__all__ = ["METHODS", "Algorithm", "Method", "Task", "ap_fl", "fedavg", "fedavg_ft", "local", "scaffold", "settings"]

@@ -1,0 +1,160 @@
+"""Rounds called by hand on a model that NumPy can follow: two linear layers, softmax, batches of all examples.
+
+The simulation is not involved: what a method's functions return is put together here, client after client.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apfl_jax.types import (
+  Algorithm,
+  Data,
+  Download,
+  LocalSGD,
+  Model,
+  Params,
+  PyTree,
+  Received,
+  Span,
+  Store,
+  Task,
+  Visit,
+)
+
+NUM_CLASSES, IMAGE_SHAPE, FEATURES = 3, (1, 1, 4), 5
+SIZES = (5, 3, 8, 6)  # training examples of each client
+LEARNING_RATE, STEPS = 0.5, 4
+
+_rng = np.random.default_rng(0)
+IMAGES = _rng.integers(0, 256, (sum(SIZES), *IMAGE_SHAPE), np.uint8)
+LABELS = _rng.integers(0, NUM_CLASSES, sum(SIZES))
+STARTS = np.cumsum((0, *SIZES[:-1]))
+START = Params(  # where every method starts
+  np.float32(_rng.normal(size=(4, FEATURES)) / 2), np.float32(_rng.normal(size=(FEATURES, NUM_CLASSES)) / 2)
+)
+
+MODEL = Model(
+  init=lambda key: jax.tree.map(jnp.asarray, START),
+  base=lambda base, images: ((hidden := images.reshape(len(images), -1) @ base), (hidden,)),
+  head=lambda head, features: features @ head,
+)
+
+
+def task(num_clients: int = len(SIZES), **sgd: Any) -> Task:
+  """The task, with other settings of local training."""
+  values = {
+    "learning_rate": jnp.float32(LEARNING_RATE),
+    "batch_size": max(SIZES),
+    "epochs": 1,
+    "steps": STEPS,
+    "personal_steps": 3,
+    "weighting": "examples",
+    "augment": "none",
+  }
+  return Task(
+    num_clients, NUM_CLASSES, IMAGE_SHAPE, jnp.eye(NUM_CLASSES), MODEL, LocalSGD(**(values | sgd)), jnp.int32(10)
+  )
+
+
+def data(client: int, size: int | None = None) -> Data:
+  """What a method sees of a client; its validation examples are its training examples."""
+  store = Store(jnp.asarray(IMAGES), jnp.asarray(LABELS, jnp.int32), jnp.arange(len(LABELS), dtype=jnp.int32))
+  span = Span(jnp.int32(STARTS[client]), jnp.int32(SIZES[client] if size is None else size))
+  return Data(store, span, span)
+
+
+def visit(client: int, *, round: int = 0, times: int = 0, work: float = 1.0) -> Visit:
+  """A client's circumstances."""
+  zero = jnp.int32(0)
+  return Visit(jnp.int32(client), jnp.int32(round), jnp.int32(times), zero, jnp.float32(work), zero)
+
+
+class Rounds:
+  """A method between two rounds."""
+
+  def __init__(self, algorithm: Algorithm):
+    self.algorithm = algorithm
+    self.server = algorithm.init(jax.random.key(0))
+    self.clients: dict[int, PyTree] = {}
+    self._round = 0
+    self._update = jax.jit(algorithm.local_update)
+    self._aggregate = jax.jit(algorithm.aggregate)
+
+  def advance(self, ids: Sequence[int], *, lost: Sequence[int] = (), sizes: dict[int, int] | None = None) -> Received:
+    """A round of these clients, of whose uploads some are lost; returns what the server got."""
+    download = self.algorithm.download(self.server)
+    uploads = []
+    for id in ids:
+      mine = Download(download.shared, jax.tree.map(lambda x, id=id: x[id], download.own))
+      new = id not in self.clients
+      client = self.algorithm.init_client(mine, jax.random.key(id)) if new else self.clients[id]
+      key = jax.random.fold_in(jax.random.key(self._round), id)
+      circumstances = visit(id, round=self._round, times=0 if new else 1)
+      size = (sizes or {}).get(id)
+      self.clients[id], upload = self._update(mine, client, data(id, size), circumstances, key)
+      uploads.append(upload)
+    arrived = jnp.asarray([id not in lost for id in ids])
+    weights = [jnp.where(a, u.weight, 0.0) for a, u in zip(arrived, uploads, strict=True)]
+    weighted = [jax.tree.map(lambda x, w=w: w * x, u.update) for w, u in zip(weights, uploads, strict=True)]
+    stack = lambda *x: jnp.where(arrived.reshape(-1, *[1] * x[0].ndim), jnp.stack(x), 0)
+    received = Received(
+      total=jax.tree.map(lambda *x: sum(x), *weighted),
+      weight=sum(weights, start=jnp.float32(0)),
+      kept=jax.tree.map(stack, *(u.kept for u in uploads)),
+      ids=jnp.asarray(ids, jnp.int32),
+      arrived=arrived,
+      staleness=jnp.zeros(len(ids), jnp.int32),
+    )
+    self.server = self._aggregate(self.server, received, jax.random.key(100 + self._round))
+    self._round += 1
+    return received
+
+  @property
+  def params(self) -> PyTree:
+    """The global model."""
+    return self.algorithm.global_model(self.server)
+
+
+# --- the same in NumPy and float64 ------------------------------------------------------------------------------------
+
+
+class Oracle(NamedTuple):
+  """A client's examples."""
+
+  x: np.ndarray
+  y: np.ndarray
+
+  def gradient(self, params: Params) -> Params:
+    """Of the mean cross-entropy."""
+    hidden = self.x @ params.base
+    logits = hidden @ params.head
+    chance = np.exp(logits - logits.max(1, keepdims=True))
+    chance /= chance.sum(1, keepdims=True)
+    error = (chance - self.y) / len(self.y)
+    return Params(self.x.T @ error @ params.head.T, hidden.T @ error)
+
+
+def oracle(client: int) -> Oracle:
+  """A client's examples in NumPy."""
+  rows = slice(STARTS[client], STARTS[client] + SIZES[client])
+  return Oracle(IMAGES[rows].reshape(SIZES[client], -1) / 255, np.eye(NUM_CLASSES)[LABELS[rows]])
+
+
+def start() -> Params:
+  """The first model in float64."""
+  return Params(*map(np.float64, START))
+
+
+def plus(params: Params, *terms: tuple[float, Params]) -> Params:
+  """The parameters and multiples of others."""
+  return Params(*(p + sum(s * t[i] for s, t in terms) for i, p in enumerate(params)))
+
+
+def close(actual: PyTree, expected: Params, tolerance: float = 1e-5) -> None:
+  """Equal to rounding."""
+  for a, b in zip(jax.tree.leaves(actual), expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
