@@ -8,7 +8,8 @@ D, D', D'' are three batches of the client. `first_order` leaves the Hessian out
 two batches [C]); otherwise the Hessian-vector product is exact. The mean is uniform as in the paper, so `--weighting`
 has no effect; a client without examples counts nothing. Like PFLlib's [C], alpha is the learning rate unless set.
 The personal model is w after SGD steps of rate alpha on the client: one step is the paper's, `personal_steps` are taken
-(the rate falling along a cosine, from which a single step sees nothing).
+(the rate falling along a cosine, from which a single step sees nothing). w itself is a start and no model: before a
+step it may answer one class alone, so there is no global model.
 """
 
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def per_fedavg(task: Task, *, alpha: Positive = 1.0, first_order: bool = True) -
     del client, visit
     return training.fine_tune(inner, loss, download.shared, data, task.sgd.personal_steps, key)
 
-  return fedavg(task)._replace(local_update=local_update, personalize=personalize)
+  return fedavg(task)._replace(local_update=local_update, global_model=lambda server: None, personalize=personalize)
 
 
 def with_rate(task: Task, share: Array | float) -> Task:

@@ -58,7 +58,7 @@ def test_rounds_are_those_of_the_paper(first_order):
         w = linear.plus(w, (-linear.LEARNING_RATE, gradient))
       moved.append(linear.plus(w, (-1, server)))
     server = linear.plus(server, *((1 / len(moved), d) for d in moved))  # uniform
-    linear.close(rounds.params, server)
+    linear.close(rounds.server, server)
 
 
 def test_one_personal_step_is_the_inner_step():
