@@ -4,7 +4,7 @@ Not AP-FL (`ap_fl`). With vbar = alpha v + (1 - alpha) w, at every local step:
 
   w_i <- w_i - eta grad f_i(w_i)                                                    (algorithm 1)
   v_i <- v_i - eta alpha grad f_i(vbar_i)                                           (algorithm 1)
-  alpha_i <- clip(alpha_i - eta <v_i - w_i, grad f_i(vbar_i)>, 0, 1)                (eq. 11)
+  alpha_i <- clip(alpha_i - eta <v_i - w_i, grad f_i(vbar_i)>, 0, 1)
 
 The server averages the w_i. The last two are the gradient of f_i(vbar_i) with w_i held still, so all three are one
 descent on f_i(w_i) + f_i(vbar_i), on the same batches. v_i starts at the first download. Traps avoided (method 4 [C]):

@@ -1,11 +1,11 @@
 """Ditto: Li et al., Ditto: Fair and Robust Federated Learning Through Personalization, ICML 2021.
 
-  w by FedAvg;  v_i <- v_i - eta (grad f_i(v_i) + lambda (v_i - w^t))     (eq. Ditto, algorithm 1)
+  w by FedAvg;  v_i <- v_i - eta (grad f_i(v_i) + lambda (v_i - w^t))     (algorithm 1)
 
 w^t is the global model as downloaded, at which v_i starts at the client's first visit. Both models take the same number
 of steps on the same batches, as one descent on the sum of two losses that share nothing [O]; PFLlib passes over the
-data twice [C]. The trap avoided (method 4 [C]): PFLlib's lambda is 0 unless set, which is
-training alone. The global model is averaged by `--weighting`; the paper leaves its solver open.
+data twice [C]. The trap avoided (method 4 [C]): PFLlib's lambda is 0 unless set, which is training alone. The global
+model is averaged by `--weighting`; the paper leaves its solver open.
 """
 
 import jax

@@ -2,7 +2,7 @@
 
 At each visit, before training, with the client's last model (b_l, h_l) and the downloaded one (b, h):
 
-  start = (b, h_l + (h - h_l) * W),   W <- clip(W - eta grad_start f_i * (h - h_l), 0, 1)      (eqs. 4 to 6)
+  start = (b, h_l + (h - h_l) * W),   W <- clip(W - eta grad_start f_i * (h - h_l), 0, 1)
   w_i <- SGD from start;   w <- w + sum_i n_i (w_i - w) / sum_i n_i                            (algorithm 1)
 
 W weighs each number of the head: the paper's p = 1 layer, and PFLlib's p = 2, which counts its kernel and its bias [C].

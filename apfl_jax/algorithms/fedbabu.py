@@ -38,14 +38,11 @@ def fedbabu(task: Task, *, tune: Annotated[str, Limits(choices=TUNED)] = "all") 
   def personalize(download, client, data, visit, key):
     del client, visit
     shared = download.shared
-    assembled = {
-      "all": lambda params: params,
-      "base": lambda base: shared._replace(base=base),
-      "head": lambda head: shared._replace(head=head),
-    }[tune]
-    start = shared if tune == "all" else getattr(shared, tune)
-    own = lambda part, batch: loss(assembled(part), batch)
-    return assembled(training.fine_tune(task, own, start, data, task.sgd.personal_steps, key))
+    if tune == "all":
+      return training.fine_tune(task, loss, shared, data, task.sgd.personal_steps, key)
+    own = lambda part, batch: loss(shared._replace(**{tune: part}), batch)
+    tuned = training.fine_tune(task, own, getattr(shared, tune), data, task.sgd.personal_steps, key)
+    return shared._replace(**{tune: tuned})
 
   return fedrep(task)._replace(
     local_update=local_update,

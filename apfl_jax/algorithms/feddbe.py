@@ -67,10 +67,8 @@ def feddbe(task: Task, *, kappa: Weight = 50.0) -> Algorithm:
     def loss(debiased, batch):
       features, _ = model.base(debiased.params.base, batch.images)
       logits = model.head(debiased.params.head, features + debiased.bias)
-      count = jnp.maximum(jnp.sum(batch.mask), 1.0)
-      real = batch.mask > 0
-      fit = jnp.sum(jnp.where(real, training.cross_entropy(logits, batch.targets), 0.0)) / count
-      mean = jnp.sum(jnp.where(real[:, None], features, 0.0), axis=0) / count
+      fit = training.batch_mean(training.cross_entropy(logits, batch.targets), batch)
+      mean = jax.vmap(training.batch_mean, (1, None))(features, batch)  # [F]
       apart = 0.5 * jnp.mean((mean - shared.consensus) ** 2)
       return fit + jnp.where(shared.known, kappa * apart, 0.0)
 

@@ -1,9 +1,9 @@
 """FedProto: Tan et al., FedProto: Federated Prototype Learning across Heterogeneous Clients, AAAI 2022.
 
-  c_i,j = mean of b_i(x) over client i's examples of class j                                          (eq. 3)
-  c_j   = sum_i n_i,j c_i,j / sum_i n_i,j                                                             (eq. 4)
-  w_i  <- SGD on CE + lambda mean |b_i(x) - c_y|^2 over the F features and the batch                   (eq. 5)
-  answer: the class of the nearest prototype                                                          (eq. 6)
+  c_i,j = mean of b_i(x) over client i's examples of class j
+  c_j   = sum_i n_i,j c_i,j / sum_i n_i,j
+  w_i  <- SGD on CE + lambda mean |b_i(x) - c_y|^2 over the F features and the batch
+  answer: the class of the nearest prototype
 
 Models stay on the clients; only prototypes travel. `--weighting=uniform` counts the clients that hold a class alike, as
 PFLlib does [C]. The squared distance is a mean over features, as in PFLlib [C]. There prototypes are collected while
@@ -63,7 +63,7 @@ def fedproto(task: Task, *, prototype_weight: Weight = 1.0) -> Algorithm:
     task: the task.
     prototype_weight: lambda.
   """
-  model, classify = task.model, training.cross_entropy
+  model = task.model
 
   def init(key):
     params = model.init(key)
@@ -77,8 +77,8 @@ def fedproto(task: Task, *, prototype_weight: Weight = 1.0) -> Algorithm:
       features, _ = model.base(params.base, batch.images)
       distance = _squared_distance(features, prototypes)  # [B, C]
       near = jnp.sum(jnp.where(prototypes.known, batch.targets * distance, 0.0), axis=-1)
-      each = classify(model.head(params.head, features), batch.targets) + prototype_weight * near
-      return jnp.sum(jnp.where(batch.mask > 0, each, 0.0)) / jnp.maximum(jnp.sum(batch.mask), 1.0)
+      each = training.cross_entropy(model.head(params.head, features), batch.targets) + prototype_weight * near
+      return training.batch_mean(each, batch)
 
     return loss
 

@@ -1,7 +1,7 @@
 """FedRoD: Chen and Chao, On Bridging Generic and Personalized Federated Learning for Image Classification, ICLR 2022.
 
-  generic:  (b, g) <- SGD on CE(g(b(x)) + log n_i, y), the balanced softmax with the client's counts n_i   (eq. 7)
-  personal: p_i <- SGD on CE(sg(g(f)) + p_i(sg(f)), y), f = b(x)                                         (eq. 9)
+  generic:  (b, g) <- SGD on CE(g(b(x)) + log n_i, y), the balanced softmax with the client's counts n_i
+  personal: p_i <- SGD on CE(sg(g(f)) + p_i(sg(f)), y), f = b(x)
   answers:  generic g(f); personal g(f) + p_i(f)
 
 b and g are averaged by `--weighting`, p_i stays on the client; sg stops the gradient. A class that the client lacks has
@@ -42,12 +42,9 @@ def fedrod(task: Task) -> Algorithm:
     personal = model.head(models.personal, jax.lax.stop_gradient(features))
     return features, model.head(models.generic.head, features), personal
 
-  def mean(each, batch):
-    return jnp.sum(jnp.where(batch.mask > 0, each, 0.0)) / jnp.maximum(jnp.sum(batch.mask), 1.0)
-
   def personal_loss(generic_logits, personal_logits, batch):
     both = jax.lax.stop_gradient(generic_logits) + personal_logits
-    return mean(training.cross_entropy(both, batch.targets), batch)
+    return training.batch_mean(training.cross_entropy(both, batch.targets), batch)
 
   def local_update(download, client, data, visit, key):
     shared = download.shared
@@ -56,8 +53,8 @@ def fedrod(task: Task) -> Algorithm:
 
     def loss(models, batch):
       _, generic, personal = logits(models, batch.images)
-      balanced = mean(training.cross_entropy(generic + prior, batch.targets, counts > 0), batch)
-      return balanced + personal_loss(generic, personal, batch)
+      each = training.cross_entropy(generic + prior, batch.targets, counts > 0)
+      return training.batch_mean(each, batch) + personal_loss(generic, personal, batch)
 
     steps = training.num_steps(task.sgd, data.train.size, visit.work)
     params, client = training.local_sgd(task, loss, Decoupled(shared, client), data, steps, key)

@@ -117,8 +117,7 @@ def gpfl(task: Task, *, lambda_level: Weight = 0.01, decay: Weight = 0.1) -> Alg
     return counts / jnp.maximum(jnp.sum(counts), 1.0) @ shared.embeddings
 
   def mean_loss(logits, batch):
-    each = jnp.where(batch.mask > 0, training.cross_entropy(logits, batch.targets), 0.0)
-    return jnp.sum(each) / jnp.maximum(jnp.sum(batch.mask), 1.0)
+    return training.batch_mean(training.cross_entropy(logits, batch.targets), batch)
 
   def round_loss(received, context):
     general = jnp.mean(received.embeddings, axis=0)  # g

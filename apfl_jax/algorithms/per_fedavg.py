@@ -1,7 +1,7 @@
 """Per-FedAvg: Fallah, Mokhtari and Ozdaglar, Personalized Federated Learning with Theoretical Guarantees, NeurIPS 2020.
 
-  F_i(w) = f_i(w - alpha grad f_i(w))                                                             (eq. 3)
-  w_i <- w_i - eta (I - alpha grad2 f_i(w_i; D'')) grad f_i(w_i - alpha grad f_i(w_i; D'); D)     (eqs. 8, 9)
+  F_i(w) = f_i(w - alpha grad f_i(w))
+  w_i <- w_i - eta (I - alpha grad2 f_i(w_i; D'')) grad f_i(w_i - alpha grad f_i(w_i; D'); D)
   w   <- w + mean_i (w_i - w)                                                                     (algorithm 1)
 
 D, D', D'' are three batches of the client. `first_order` leaves the Hessian out (Per-FedAvg (FO), what PFLlib has, with
@@ -69,7 +69,7 @@ def meta_gradient(
   *,
   first_order: bool,
 ) -> PyTree:
-  """(I - rate Hessian(params; curvature)) gradient(params - rate gradient(params; inner); outer), eq. 9.
+  """(I - rate Hessian(params; curvature)) gradient(params - rate gradient(params; inner); outer).
 
   Args:
     loss: (params, batch) -> [].

@@ -1,7 +1,7 @@
 """pFedMe: Dinh, Tran and Nguyen, Personalized Federated Learning with Moreau Envelopes, NeurIPS 2020.
 
-  theta_i(w) ~ argmin_theta f_i(theta) + lambda/2 |theta - w|^2, by K gradient steps on one batch      (eqs. 3, 7)
-  w_i <- w_i - eta lambda (w_i - theta_i(w_i))                                                         (eq. 8)
+  theta_i(w) ~ argmin_theta f_i(theta) + lambda/2 |theta - w|^2, by K gradient steps on one batch
+  w_i <- w_i - eta lambda (w_i - theta_i(w_i))
   w   <- (1 - beta) w + beta mean_i w_i                                                                (algorithm 1)
 
 The mean is uniform as in the paper, so `--weighting` has no effect; a client without examples counts nothing. Traps
