@@ -6,11 +6,11 @@ At each visit, before training, with the client's last model (b_l, h_l) and the 
   w_i <- SGD from start;   w <- w + sum_i n_i (w_i - w) / sum_i n_i                            (algorithm 1)
 
 W weighs each number of the head: the paper's p = 1 layer, and PFLlib's p = 2, which counts its kernel and its bias [C].
-The step is the gradient of f_i(start) by W, taken on `share` of the training examples. W stays on the client and starts
-at one. At the first visit both models are the same, so nothing is learned; at the second W is trained for several
-passes, later for one. The official code ends those passes when the last ten losses deviate by less than .1, which is
-tested from the 11th on [C]; here there are 11, so that the work is known beforehand [O]. Its share is a random run of
-examples, here a random subset, and another one each time [O].
+The step is the gradient of f_i(start) by W, taken on `percent` of the training examples. W stays on the client and
+starts at one. At the first visit both models are the same, so W has no gradient; at the second it is trained for
+several passes, otherwise for one. The official code ends those passes when the last ten losses deviate by less than
+.1, which is tested from the 11th on [C]; here there are 11, so that the work is known beforehand [O]. Its share is a
+random run of examples, here a random subset, and another one each time [O].
 `personalize` trains W as a visit would, then fine-tunes; a client that never took part starts at the global model.
 """
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from apfl_jax import training
 from apfl_jax.algorithms.fedavg import fedavg
-from apfl_jax.settings import Limits, Positive, Share
+from apfl_jax.settings import Limits, Positive
 from apfl_jax.types import Algorithm, Params, PyTree, Task, Upload
 
 
@@ -41,7 +41,7 @@ def fedala(
   task: Task,
   *,
   weight_learning_rate: Positive = 1.0,
-  share: Share = 0.8,
+  percent: Annotated[int, Limits(least=1, most=100)] = 80,
   first_passes: Annotated[int, Limits(least=1)] = 11,
 ) -> Algorithm:
   """FedAvg that starts each client between its own head and the global one.
@@ -49,7 +49,7 @@ def fedala(
   Args:
     task: the task.
     weight_learning_rate: eta, of W.
-    share: of the training examples, for a pass of W.
+    percent: of the training examples, for a pass of W.
     first_passes: passes of W at a client's second visit.
   """
   loss = training.classification_loss(task)
@@ -60,10 +60,10 @@ def fedala(
     return Params(shared.base, jax.tree.map(between, client.params.head, shared.head, weights))
 
   def learned_weights(client, shared, data, visit, key):
-    passes = jnp.where(visit.times == 0, 0, jnp.where(visit.times == 1, first_passes, 1))
+    passes = jnp.where(visit.times == 1, first_passes, 1)  # at the first visit the pass changes nothing
     next_batch = training.batches(task, data, data.train, key)
     per_pass = training.num_steps(single_pass, data.train.size)  # of an epoch; of which `taken` are read
-    taken = training.num_steps(single_pass, data.train.size, share)
+    taken = training.num_steps(single_pass, data.train.size, percent / 100)
     # The first steps of an epoch are a random subset of the examples, each epoch another.
     subset = lambda step: next_batch(step // jnp.maximum(taken, 1) * per_pass + step % jnp.maximum(taken, 1))
     return training.descend(

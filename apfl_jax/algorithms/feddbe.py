@@ -1,14 +1,14 @@
 """FedDBE: Zhang et al., Eliminating Domain Bias for Federated Learning in Representation Space, NeurIPS 2023.
 
   client's loss: CE(h(b(x) + z_i), y) + kappa mean_F (mean_B b(x) - zbar)^2 / 2
-  (b, h) averaged over clients; z_i [F] stays on the client;  zbar = sum_i n_i mean b_i(x) / sum_i n_i, set once
+  (b, h) averaged over clients; z_i [F] stays on the client;  zbar = sum_i n_i mean_B b_i(x) / sum_i n_i, set once
 
 z_i, the personal part of the mean representation, takes the client's bias out of the base; the second term holds the
 means of all clients together. In the paper and in PFLlib zbar comes from a round before the first, whose models are
 thrown away [C]; here from the first round, which has no second term and whose models count [O]. The running mean of the
-paper is the batch's mean, momentum 1, its setting for the small CNN [M]; so is kappa = 50. The trap avoided: PFLlib's
-kappa is 0 unless set [C]. The global model answers with z = 0. `personalize` trains all of it from the download and the
-client's z_i; with no personal steps it is what PFLlib scores, the global model under z_i [C].
+paper is the mean of a batch, for zbar too: momentum 1, its setting for the small CNN [M]; so is kappa = 50. The trap
+avoided: PFLlib's kappa is 0 unless set [C]. The global model answers with z = 0. `personalize` trains all of it from
+the download and the client's z_i; with no personal steps it is what PFLlib scores, the global model under z_i [C].
 """
 
 from typing import NamedTuple
@@ -20,6 +20,9 @@ from apfl_jax import training
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.settings import Weight
 from apfl_jax.types import Algorithm, Array, Params, Prediction, Task, Upload
+
+# Folded into a key that is also used as it is: the children of a split are fold_in of 0, 1, ..., so no small number.
+_APART = 0x44424500
 
 
 class Server(NamedTuple):
@@ -63,13 +66,16 @@ def feddbe(task: Task, *, kappa: Weight = 50.0) -> Algorithm:
     size = jax.eval_shape(lambda images: model.base(params.base, images)[0], images).shape[-1]
     return Server(params, jnp.zeros(size), jnp.bool_(False))
 
+  def mean_of(features, batch):
+    """float32 [F] from [B, F]."""
+    return jax.vmap(training.batch_mean, (1, None))(features, batch)
+
   def loss_of(shared):
     def loss(debiased, batch):
       features, _ = model.base(debiased.params.base, batch.images)
       logits = model.head(debiased.params.head, features + debiased.bias)
       fit = training.batch_mean(training.cross_entropy(logits, batch.targets), batch)
-      mean = jax.vmap(training.batch_mean, (1, None))(features, batch)  # [F]
-      apart = 0.5 * jnp.mean((mean - shared.consensus) ** 2)
+      apart = 0.5 * jnp.mean((mean_of(features, batch) - shared.consensus) ** 2)
       return fit + jnp.where(shared.known, kappa * apart, 0.0)
 
     return loss
@@ -80,11 +86,10 @@ def feddbe(task: Task, *, kappa: Weight = 50.0) -> Algorithm:
     start = Debiased(shared.params, client)
     trained = training.local_sgd(task, loss_of(shared), start, data, steps, key)
     delta = jax.tree.map(lambda new, old: new - old, trained.params, shared.params)
-    # Once zbar is set nobody needs the mean, and an empty span costs nothing.
-    span = data.train._replace(size=jnp.where(shared.known, 0, data.train.size))
-    features = lambda images: model.base(trained.params.base, images)[0]
-    total, count = training.class_sums(features, data.store, span, task.num_classes)
-    mean = jnp.sum(total, axis=0) / jnp.maximum(jnp.sum(count), 1.0)
+    # One batch as it is: needed in the first round only, and what a round costs must not depend on the server.
+    apart = jax.random.fold_in(key, _APART)
+    batch = training.draw(data.store, data.train, jnp.int32(0), task.sgd.batch_size, task.num_classes, apart)
+    mean = mean_of(model.base(trained.params.base, batch.images)[0], batch)
     return trained.bias, Upload(update=(delta, mean), weight=training.weight(task.sgd, data.train.size))
 
   def aggregate(server, received, key):

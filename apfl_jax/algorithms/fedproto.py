@@ -22,6 +22,7 @@ from apfl_jax import training
 from apfl_jax.settings import Weight
 from apfl_jax.types import Algorithm, Array, Download, Params, Prediction, Task, Upload
 
+_BLOCK = 64
 _NO_PROTOTYPE = 1e6  # the squared distance of a class that has none
 
 
@@ -65,11 +66,13 @@ def fedproto(task: Task, *, prototype_weight: Weight = 1.0) -> Algorithm:
   """
   model = task.model
 
+  def feature_size(params):
+    images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
+    return jax.eval_shape(lambda images: model.base(params.base, images)[0], images).shape[-1]
+
   def init(key):
     params = model.init(key)
-    images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-    size = jax.eval_shape(lambda images: model.base(params.base, images)[0], images).shape[-1]
-    nothing = Prototypes(jnp.zeros((task.num_classes, size)), jnp.zeros(task.num_classes, bool))
+    nothing = Prototypes(jnp.zeros((task.num_classes, feature_size(params))), jnp.zeros(task.num_classes, bool))
     return Server(params, nothing)
 
   def prototype_loss(prototypes):
@@ -84,8 +87,15 @@ def fedproto(task: Task, *, prototype_weight: Weight = 1.0) -> Algorithm:
 
   def own_features(params, data):
     """float32 [C, F] and [C]: sums of features and counts of examples, class by class."""
-    features = lambda images: model.base(params.base, images)[0]
-    return training.class_sums(features, data.store, data.train, task.num_classes)
+
+    def add(i, sums):
+      batch = training.gather(data.store, data.train, i * _BLOCK + jnp.arange(_BLOCK), task.num_classes)
+      member = jnp.where(batch.mask[:, None] > 0, batch.targets, 0.0)  # [B, C]
+      features, _ = model.base(params.base, batch.images)
+      return sums[0] + member.T @ features, sums[1] + jnp.sum(member, axis=0)
+
+    nothing = jnp.zeros((task.num_classes, feature_size(params))), jnp.zeros(task.num_classes)
+    return jax.lax.fori_loop(0, (data.train.size + _BLOCK - 1) // _BLOCK, add, nothing)
 
   def local_update(download, client, data, visit, key):
     loss = prototype_loss(download.shared.prototypes)

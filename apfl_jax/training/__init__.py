@@ -2,7 +2,7 @@
 
 from apfl_jax.training.augment import max_shift, shift
 from apfl_jax.training.batches import Batch, draw, gather, label_histogram
-from apfl_jax.training.evaluation import Evaluation, class_sums, evaluate
+from apfl_jax.training.evaluation import Evaluation, evaluate
 from apfl_jax.training.losses import batch_mean, classification_loss, cross_entropy, predict
 from apfl_jax.training.sgd import batches, descend, fine_tune, follow, local_sgd, num_steps, weight
 
@@ -10,7 +10,6 @@ __all__ = [
   "Batch",
   "Evaluation",
   "batch_mean",
-  "class_sums",
   "classification_loss",
   "cross_entropy",
   "descend",

@@ -1,4 +1,4 @@
-"""What a model makes of a span: its confusion matrix and loss, its features class by class."""
+"""A model's confusion matrix and loss over a span."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -48,25 +48,4 @@ def evaluate(
     return Evaluation(total.confusion + counts, total.loss + loss)
 
   empty = Evaluation(jnp.zeros((num_classes, num_classes), jnp.int32), jnp.zeros(()))
-  return jax.lax.fori_loop(0, (span.size + _BATCH - 1) // _BATCH, body, empty)
-
-
-def class_sums(features: Callable[[Array], Array], store: Store, span: Span, num_classes: int) -> tuple[Array, Array]:
-  """Sums of features over a span, class by class: float32 [C, F], and counts of examples, float32 [C].
-
-  Args:
-    features: images float32 [B, ...] in [0, 1] -> [B, F].
-    store: the examples.
-    span: Span [].
-    num_classes: C.
-  """
-
-  def body(i, total):
-    batch = gather(store, span, i * _BATCH + jnp.arange(_BATCH), num_classes)
-    member = jnp.where(batch.mask[:, None] > 0, batch.targets, 0.0)  # [B, C]
-    return total[0] + member.T @ features(batch.images), total[1] + jnp.sum(member, axis=0)
-
-  images = jax.ShapeDtypeStruct((1, *store.images.shape[1:]), jnp.float32)
-  size = jax.eval_shape(features, images).shape[-1]
-  empty = jnp.zeros((num_classes, size)), jnp.zeros(num_classes)
   return jax.lax.fori_loop(0, (span.size + _BATCH - 1) // _BATCH, body, empty)

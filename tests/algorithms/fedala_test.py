@@ -30,7 +30,7 @@ def sgd(id, params, rates):
 
 
 def test_visits_are_those_of_the_paper():
-  algorithm = fedala(linear.task(), weight_learning_rate=RATE, share=1.0, first_passes=4)
+  algorithm = fedala(linear.task(), weight_learning_rate=RATE, percent=100, first_passes=4)
   update, id = jax.jit(algorithm.local_update), 0
   constant = np.full(linear.STEPS, linear.LEARNING_RATE)
   rng = np.random.default_rng(0)
@@ -65,8 +65,8 @@ def test_the_first_round_is_fedavg():
   linear.close(one.params, other.params, 1e-6)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.8])
-def test_weights_are_learned_from_a_share_of_the_examples(share, monkeypatch):
+@pytest.mark.parametrize("percent", [30, 80])
+def test_weights_are_learned_from_a_share_of_the_examples(percent, monkeypatch):
   seen = set()
   size, batch_size = 8, 1
 
@@ -80,10 +80,10 @@ def test_weights_are_learned_from_a_share_of_the_examples(share, monkeypatch):
     return loss
 
   monkeypatch.setattr("apfl_jax.training.classification_loss", losses)
-  algorithm = fedala(linear.task(batch_size=batch_size, personal_steps=0), share=share)
+  algorithm = fedala(linear.task(batch_size=batch_size, personal_steps=0), percent=percent)
   download = algorithm.download(algorithm.init(jax.random.key(0)))
   client = algorithm.init_client(download, jax.random.key(0))
   model = algorithm.personalize(download, client, linear.data(2), linear.visit(2, times=2), jax.random.key(1))
   jax.block_until_ready(model)
   jax.effects_barrier()
-  assert len(seen) == round(share * size) and b"" not in seen
+  assert len(seen) == round(percent / 100 * size) and b"" not in seen
