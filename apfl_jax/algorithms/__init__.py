@@ -4,10 +4,25 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from apfl_jax.algorithms import ap_fl as ap_fl_package
+from apfl_jax.algorithms.adaptive_pfl import adaptive_pfl
 from apfl_jax.algorithms.ap_fl import ap_fl
+from apfl_jax.algorithms.ditto import ditto
+from apfl_jax.algorithms.fedala import fedala
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
+from apfl_jax.algorithms.fedbabu import fedbabu
+from apfl_jax.algorithms.feddbe import feddbe
+from apfl_jax.algorithms.fedper import fedper
+from apfl_jax.algorithms.fedproto import fedproto
+from apfl_jax.algorithms.fedrep import fedrep
+from apfl_jax.algorithms.fedrod import fedrod
+from apfl_jax.algorithms.gpfl import gpfl
+from apfl_jax.algorithms.knn_per import knn_per
+from apfl_jax.algorithms.lg_fedavg import lg_fedavg
 from apfl_jax.algorithms.local import local
+from apfl_jax.algorithms.per_fedavg import per_fedavg
+from apfl_jax.algorithms.persafl import persafl
+from apfl_jax.algorithms.pfedme import pfedme
 from apfl_jax.algorithms.scaffold import scaffold
 from apfl_jax.settings import Setting, of
 from apfl_jax.types import Algorithm, Task
@@ -32,12 +47,29 @@ class Method(NamedTuple):
 
 
 METHODS: dict[str, Method] = {
+  "adaptive_pfl": Method(
+    adaptive_pfl, "Deng et al. 2020, arXiv 2003.13461 ('APFL')", keeps="its model and its mixing weight"
+  ),
   "ap_fl": Method(
     ap_fl, "Wan et al. 2025, arXiv 2503.00407 (reconstructed)", head="anchored", samples=ap_fl_package.samples
   ),
+  "ditto": Method(ditto, "Li et al. 2021, arXiv 2012.04221", keeps="its model"),
+  "fedala": Method(fedala, "Zhang et al. 2023, arXiv 2212.01197", keeps="its model and its head's weights"),
   "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629"),
   "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252"),
+  "fedbabu": Method(fedbabu, "Oh et al. 2022, arXiv 2106.06042"),
+  "feddbe": Method(feddbe, "Zhang et al. 2023, arXiv 2311.14975", keeps="its mean representation"),
+  "fedper": Method(fedper, "Arivazhagan et al. 2019, arXiv 1912.00818", keeps="its head"),
+  "fedproto": Method(fedproto, "Tan et al. 2022, arXiv 2105.00243", keeps="its model"),
+  "fedrep": Method(fedrep, "Collins et al. 2021, arXiv 2102.07078", keeps="its head"),
+  "fedrod": Method(fedrod, "Chen and Chao 2022, arXiv 2107.00778", keeps="its head"),
+  "gpfl": Method(gpfl, "Zhang et al. 2023, arXiv 2308.10279", keeps="its head"),
+  "knn_per": Method(knn_per, "Marfoq et al. 2022, arXiv 2111.09360"),
+  "lg_fedavg": Method(lg_fedavg, "Liang et al. 2020, arXiv 2001.01523", keeps="its base"),
   "local": Method(local, "the lower bound", keeps="its model"),
+  "per_fedavg": Method(per_fedavg, "Fallah et al. 2020, arXiv 2002.07948"),
+  "persafl": Method(persafl, "Toghani et al. 2022, arXiv 2210.01176"),
+  "pfedme": Method(pfedme, "Dinh et al. 2020, arXiv 2006.08848"),
   "scaffold": Method(scaffold, "Karimireddy et al. 2020, arXiv 1910.06378", keeps="its control variate"),
 }
 
@@ -48,3 +80,30 @@ def settings(name: str) -> dict[str, Setting]:
 
 
 __all__ = ["METHODS", "Algorithm", "Method", "Task", "ap_fl", "fedavg", "fedavg_ft", "local", "scaffold", "settings"]
+__all__ = [
+  "METHODS",
+  "Algorithm",
+  "Method",
+  "Task",
+  "adaptive_pfl",
+  "ap_fl",
+  "ditto",
+  "fedala",
+  "fedavg",
+  "fedavg_ft",
+  "fedbabu",
+  "feddbe",
+  "fedper",
+  "fedproto",
+  "fedrep",
+  "fedrod",
+  "gpfl",
+  "knn_per",
+  "lg_fedavg",
+  "local",
+  "per_fedavg",
+  "persafl",
+  "pfedme",
+  "scaffold",
+  "settings",
+]

@@ -23,23 +23,44 @@ def weight(sgd: LocalSGD, size: Array) -> Array:
 
 
 def descend(
-  loss: Callable[[PyTree, Array], Array], params: PyTree, steps: Array, learning_rate: Array, *, cosine: bool = False
+  loss: Callable[[PyTree, Array], Array],
+  params: PyTree,
+  steps: Array,
+  learning_rate: Array,
+  *,
+  cosine: bool = False,
+  project: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
-  """Plain gradient descent on `loss(params, step)` for a traced number of steps.
+  """Plain gradient descent on `loss(params, step)` for a traced number of steps; arguments as in `follow`."""
+  return follow(jax.grad(loss), params, steps, learning_rate, cosine=cosine, project=project)
+
+
+def follow(
+  direction: Callable[[PyTree, Array], PyTree],
+  params: PyTree,
+  steps: Array,
+  learning_rate: Array,
+  *,
+  cosine: bool = False,
+  project: Callable[[PyTree], PyTree] | None = None,
+) -> PyTree:
+  """Steps against `direction(params, step)`, the gradient of something or not, for a traced number of steps.
 
   Args:
-    loss: (params, int32 [] step) -> [].
+    direction: (params, int32 [] step) -> pytree like params.
     params: pytree.
     steps: int32 [].
     learning_rate: float32 [].
     cosine: let the rate fall to 0 along half a cosine over the steps.
+    project: applied to the parameters after each step.
   """
 
   def body(step, params):
     rate = learning_rate
     if cosine:
       rate = rate * 0.5 * (1.0 + jnp.cos(jnp.pi * step / jnp.maximum(steps, 1)))
-    return jax.tree.map(lambda p, g: p - rate * g, params, jax.grad(loss)(params, step))
+    params = jax.tree.map(lambda p, d: p - rate * d, params, direction(params, step))
+    return project(params) if project else params
 
   return jax.lax.fori_loop(0, steps, body, params)
 
@@ -53,6 +74,7 @@ def local_sgd(
   key: Key,
   *,
   cosine: bool = False,
+  project: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
   """SGD over the client's training examples, epoch after epoch, with the task's rate, batch size and augmentation.
 
@@ -63,10 +85,12 @@ def local_sgd(
     data: the client's.
     steps: int32 [], usually `num_steps(task.sgd, data.train.size, visit.work)`.
     key: consumed.
-    cosine: see `descend`.
+    cosine: see `follow`.
+    project: see `follow`.
   """
   next_batch = batches(task, data, data.train, key)
-  return descend(lambda p, step: loss(p, next_batch(step)), params, steps, task.sgd.learning_rate, cosine=cosine)
+  objective = lambda p, step: loss(p, next_batch(step))
+  return descend(objective, params, steps, task.sgd.learning_rate, cosine=cosine, project=project)
 
 
 def batches(task: Task, data: Data, span: Span, key: Key) -> Callable[[Array], Batch]:
@@ -81,8 +105,15 @@ def batches(task: Task, data: Data, span: Span, key: Key) -> Callable[[Array], B
 
 
 def fine_tune(
-  task: Task, loss: Callable[[PyTree, Batch], Array], params: PyTree, data: Data, steps: int, key: Key
+  task: Task,
+  loss: Callable[[PyTree, Batch], Array],
+  params: PyTree,
+  data: Data,
+  steps: int,
+  key: Key,
+  *,
+  project: Callable[[PyTree], PyTree] | None = None,
 ) -> PyTree:
   """The one fine-tuning that methods share: `steps` SGD steps, the rate falling to 0 along a cosine (method 2.8)."""
   taken = jnp.where(data.train.size > 0, steps, 0)
-  return local_sgd(task, loss, params, data, taken, key, cosine=True)
+  return local_sgd(task, loss, params, data, taken, key, cosine=True, project=project)

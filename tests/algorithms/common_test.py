@@ -205,3 +205,12 @@ def test_vmap_is_sequential_to_rounding(name):
   other, _ = tasks.simulator(name, how="vmap").advance(start(inputs), inputs, jnp.int32(1))
   assert int(one.times.sum()) == 3
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), other, one)
+
+
+def test_its_work_can_be_priced(name):
+  inputs = tasks.inputs(name)
+  server = jax.eval_shape(tasks.simulator(name).init, inputs).server
+  build = lambda settings: tasks.build(name, tasks.NUM_CLIENTS, settings)
+  prices = simulation.prices(build, inputs, server)
+  assert prices.local_update.shape == (tasks.NUM_CLIENTS,) and (prices.local_update > 0).all()
+  assert prices.personalize.shape == (tasks.NUM_CLIENTS,) and prices.aggregate >= 0

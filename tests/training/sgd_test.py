@@ -73,6 +73,15 @@ def test_descend_on_a_quadratic_has_a_closed_form_for_any_number_of_steps(fallin
   assert traces == 1
 
 
+def test_follow_needs_no_loss_and_projects_after_each_step():
+  turning = lambda p, step: jnp.stack([p[1], -p[0]])  # the gradient of nothing
+  got = lib.follow(turning, jnp.array([1.0, 0.0]), jnp.int32(3), 0.5, project=lambda p: jnp.clip(p, -1.0, 0.7))
+  want = np.array([1.0, 0.0])
+  for _ in range(3):
+    want = np.clip(want - 0.5 * np.array([want[1], -want[0]]), -1.0, 0.7)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def logistic(**changes: Any) -> Task:
   model = Model(
     init=lambda key: Params((), (jnp.zeros((PIXELS, CLASSES)), jnp.zeros(CLASSES))),
