@@ -7,7 +7,14 @@ from apfl_jax.algorithms import ap_fl as ap_fl_package
 from apfl_jax.algorithms.ap_fl import ap_fl
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
+from apfl_jax.algorithms.feddyn import feddyn
+from apfl_jax.algorithms.fednova import fednova
+from apfl_jax.algorithms.fedopt import fedadam, fedavgm, fedyogi
+from apfl_jax.algorithms.fedprox import fedprox
+from apfl_jax.algorithms.fl_fdms import fl_fdms
 from apfl_jax.algorithms.local import local
+from apfl_jax.algorithms.mifa import mifa
+from apfl_jax.algorithms.moon import moon
 from apfl_jax.algorithms.scaffold import scaffold
 from apfl_jax.settings import Setting, of
 from apfl_jax.types import Algorithm, Task
@@ -35,9 +42,18 @@ METHODS: dict[str, Method] = {
   "ap_fl": Method(
     ap_fl, "Wan et al. 2025, arXiv 2503.00407 (reconstructed)", head="anchored", samples=ap_fl_package.samples
   ),
+  "fedadam": Method(fedadam, "Reddi et al. 2021, arXiv 2003.00295"),
   "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629"),
   "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252"),
+  "fedavgm": Method(fedavgm, "Hsu et al. 2019, arXiv 1909.06335"),
+  "feddyn": Method(feddyn, "Acar et al. 2021, arXiv 2111.04263", keeps="the sum of its moves"),
+  "fednova": Method(fednova, "Wang et al. 2020, arXiv 2007.07481"),
+  "fedprox": Method(fedprox, "Li et al. 2020, arXiv 1812.06127"),
+  "fedyogi": Method(fedyogi, "Reddi et al. 2021, arXiv 2003.00295"),
+  "fl_fdms": Method(fl_fdms, "Wang and Xu 2022, arXiv 2205.13222"),
   "local": Method(local, "the lower bound", keeps="its model"),
+  "mifa": Method(mifa, "Gu et al. 2021, arXiv 2106.04159", keeps="its last two updates"),
+  "moon": Method(moon, "Li et al. 2021, arXiv 2103.16257", keeps="its last model"),
   "scaffold": Method(scaffold, "Karimireddy et al. 2020, arXiv 1910.06378", keeps="its control variate"),
 }
 
@@ -47,4 +63,24 @@ def settings(name: str) -> dict[str, Setting]:
   return of(METHODS[name].make)
 
 
-__all__ = ["METHODS", "Algorithm", "Method", "Task", "ap_fl", "fedavg", "fedavg_ft", "local", "scaffold", "settings"]
+__all__ = [
+  "METHODS",
+  "Algorithm",
+  "Method",
+  "Task",
+  "ap_fl",
+  "fedadam",
+  "fedavg",
+  "fedavg_ft",
+  "fedavgm",
+  "feddyn",
+  "fednova",
+  "fedprox",
+  "fedyogi",
+  "fl_fdms",
+  "local",
+  "mifa",
+  "moon",
+  "scaffold",
+  "settings",
+]

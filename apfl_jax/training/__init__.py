@@ -3,12 +3,13 @@
 from apfl_jax.training.augment import max_shift, shift
 from apfl_jax.training.batches import Batch, draw, gather, label_histogram
 from apfl_jax.training.evaluation import Evaluation, evaluate
-from apfl_jax.training.losses import classification_loss, cross_entropy, predict
+from apfl_jax.training.losses import batch_mean, classification_loss, cross_entropy, predict
 from apfl_jax.training.sgd import batches, descend, fine_tune, local_sgd, num_steps, weight
 
 __all__ = [
   "Batch",
   "Evaluation",
+  "batch_mean",
   "classification_loss",
   "cross_entropy",
   "descend",

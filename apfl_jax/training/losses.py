@@ -37,11 +37,16 @@ def cross_entropy(logits: Array, targets: Array, classes: Array | None = None) -
   return -jnp.sum(kept * jnp.where(classes, log_probability, 0.0), axis=-1)
 
 
+def batch_mean(each: Array, batch: Batch) -> Array:
+  """The mean of float32 [B] over the batch's examples, []; 0 where it has none."""
+  return jnp.sum(jnp.where(batch.mask > 0, each, 0.0)) / jnp.maximum(jnp.sum(batch.mask), 1.0)
+
+
 def classification_loss(task: Task, classes: Array | None = None) -> Loss:
   """(params, batch) -> [], the mean cross-entropy over the batch's examples, optionally over some classes only."""
 
   def loss(params: Params, batch: Batch) -> Array:
     each = cross_entropy(predict(task.model, params, batch.images).logits, batch.targets, classes)
-    return jnp.sum(jnp.where(batch.mask > 0, each, 0.0)) / jnp.maximum(jnp.sum(batch.mask), 1.0)
+    return batch_mean(each, batch)
 
   return loss
