@@ -5,9 +5,13 @@ from typing import Any, NamedTuple
 
 from apfl_jax.algorithms import ap_fl as ap_fl_package
 from apfl_jax.algorithms.ap_fl import ap_fl
+from apfl_jax.algorithms.dense import dense
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
 from apfl_jax.algorithms.feddyn import feddyn
+from apfl_jax.algorithms.fedftg import fedftg
+from apfl_jax.algorithms.fedftg import samples as fedftg_samples
+from apfl_jax.algorithms.fedgen import fedgen
 from apfl_jax.algorithms.fednova import fednova
 from apfl_jax.algorithms.fedopt import fedadam, fedavgm, fedyogi
 from apfl_jax.algorithms.fedprox import fedprox
@@ -42,11 +46,14 @@ METHODS: dict[str, Method] = {
   "ap_fl": Method(
     ap_fl, "Wan et al. 2025, arXiv 2503.00407 (reconstructed)", head="anchored", samples=ap_fl_package.samples
   ),
+  "dense": Method(dense, "Zhang et al. 2022, arXiv 2112.12371"),
   "fedadam": Method(fedadam, "Reddi et al. 2021, arXiv 2003.00295"),
   "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629"),
   "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252"),
   "fedavgm": Method(fedavgm, "Hsu et al. 2019, arXiv 1909.06335"),
   "feddyn": Method(feddyn, "Acar et al. 2021, arXiv 2111.04263", keeps="the sum of its moves"),
+  "fedftg": Method(fedftg, "Zhang et al. 2022, arXiv 2203.09249", samples=fedftg_samples),
+  "fedgen": Method(fedgen, "Zhu et al. 2021, arXiv 2105.10056"),
   "fednova": Method(fednova, "Wang et al. 2020, arXiv 2007.07481"),
   "fedprox": Method(fedprox, "Li et al. 2020, arXiv 1812.06127"),
   "fedyogi": Method(fedyogi, "Reddi et al. 2021, arXiv 2003.00295"),
@@ -69,11 +76,14 @@ __all__ = [
   "Method",
   "Task",
   "ap_fl",
+  "dense",
   "fedadam",
   "fedavg",
   "fedavg_ft",
   "fedavgm",
   "feddyn",
+  "fedftg",
+  "fedgen",
   "fednova",
   "fedprox",
   "fedyogi",

@@ -11,7 +11,8 @@ Effects of Non-Identical Data Distribution for Federated Visual Classification, 
 
 The optimisers are optax's, which divide m and v by 1 - b1^t and 1 - b2^t; algorithm 2 has no such correction but starts
 v at tau^2 or more. Yogi's m and v start at 1e-6, which is tau^2 for the default tau. FedAvgM has no Nesterov step.
-Defaults of b1, b2 and tau are the paper's [M]; eta, which it tunes for each task, is ours [O]. The mean follows `--weighting`.
+Defaults of b1, b2 and tau are the paper's [M]; eta, which it tunes for each task, is ours [O]. The mean follows
+`--weighting`.
 """
 
 from typing import Annotated, NamedTuple
