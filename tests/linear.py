@@ -25,7 +25,7 @@ from apfl_jax.types import (
   Visit,
 )
 
-NUM_CLASSES, IMAGE_SHAPE, FEATURES = 3, (1, 1, 4), 5
+NUM_CLASSES, IMAGE_SHAPE, FEATURES = 3, (2, 2, 1), 5
 SIZES = (5, 3, 8, 6)  # training examples of each client
 LEARNING_RATE, STEPS = 0.5, 4
 
@@ -78,7 +78,7 @@ class Rounds:
 
   def __init__(self, algorithm: Algorithm):
     self.algorithm = algorithm
-    self.server = algorithm.init(jax.random.key(0))
+    self.server = jax.jit(algorithm.init)(jax.random.key(0))
     self.clients: dict[int, PyTree] = {}
     self._round = 0
     self._update = jax.jit(algorithm.local_update)

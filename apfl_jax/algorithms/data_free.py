@@ -1,7 +1,5 @@
 """What methods share whose server learns from clients' models without any example: FedGen, DENSE, FedFTG."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -10,24 +8,10 @@ from apfl_jax.types import Array, Params, Task
 APART = 0x44617461  # folded into a key that is also split: no small number, those are the children of the split
 
 
-class Member(NamedTuple):
-  """A client's model as the server keeps it, [] for one client and [K] for all; zeros where it did not arrive.
-
-  Attributes:
-    params: the model after local training.
-    weight: float32, what it counts in the mean; 0 without examples.
-    counts: float32 [C], its training examples of each class.
-  """
-
-  params: Params
-  weight: Array
-  counts: Array
-
-
-def average(members: Member) -> Params:
-  """FedAvg's server: the weighted mean of the models."""
-  share = members.weight / jnp.sum(members.weight)
-  return jax.tree.map(lambda w: jnp.tensordot(share, w, 1), members.params)
+def average(params: Params, weight: Array) -> Params:
+  """FedAvg's server: the mean of the models [K, ...] with float32 [K] weights, 0 for one that did not arrive."""
+  share = weight / jnp.sum(weight)
+  return jax.tree.map(lambda w: jnp.tensordot(share, w, 1), params)
 
 
 def answers(task: Task, params: Params, images: Array) -> tuple[Array, tuple[Array, ...]]:

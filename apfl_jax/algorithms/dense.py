@@ -24,10 +24,10 @@ import optax
 
 from apfl_jax import nn, training
 from apfl_jax.algorithms.ap_fl.statistics import Moments, distance, moments
-from apfl_jax.algorithms.data_free import APART, Member, answers, average
+from apfl_jax.algorithms.data_free import APART, answers, average
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.settings import Limits, Positive, Share, Weight
-from apfl_jax.types import Algorithm, Task, Upload
+from apfl_jax.types import Algorithm, Array, Params, Task, Upload
 
 _Many = Annotated[int, Limits(least=1)]
 
@@ -36,11 +36,13 @@ class Kept(NamedTuple):
   """What the server wants client by client.
 
   Attributes:
-    member: the local model.
+    params: the local model.
+    weight: float32 [], what it counts in the mean.
     statistics: Moments of each layer under that model.
   """
 
-  member: Member
+  params: Params
+  weight: Array
   statistics: tuple[Moments, ...]
 
 
@@ -81,20 +83,11 @@ def dense(
     apart = jax.random.fold_in(key, APART)
     batch = training.draw(data.store, data.train, jnp.int32(0), task.sgd.batch_size, task.num_classes, apart)
     statistics = moments(task.model.base(params.base, batch.images)[1], batch.mask)
-    counts = training.label_histogram(data.store, data.train, task.num_classes)
     weight = training.weight(task.sgd, data.train.size)
-    return client, Upload(update=(), weight=weight, kept=Kept(Member(params, weight, counts), statistics))
+    return client, Upload(update=(), weight=weight, kept=Kept(params, weight, statistics))
 
   def aggregate(server, received, key):
-    members, statistics = received.kept
-    counted = members.weight > 0  # [K]
-    mean = lambda x: jnp.tensordot(jnp.where(counted, 1.0, 0.0), x, 1) / jnp.sum(counted)
-
-    def divergence(params, images, taught):
-      """KL(D(x) || w(x)) of each image [B], and the model's logits."""
-      logits = training.predict(task.model, params, images).logits
-      target = jax.nn.softmax(taught)
-      return training.cross_entropy(logits, target) - training.cross_entropy(taught, target), logits
+    kept = received.kept
 
     def synthesise(params, key):
       """A batch of images [B, ...] from a new generator."""
@@ -108,14 +101,7 @@ def dense(
         images = generator.apply(weights, noise, blind)
         offset = jnp.broadcast_to(jax.random.randint(key, (1, 2), -most, most + 1), (generator_batch, 2))
         moved = training.shift(images, offset)
-        logits, taps = answers(task, members.params, moved)
-        taught = mean(logits)
-        apart, mine = divergence(params, moved, taught)
-        wrong = jnp.argmax(taught, axis=-1) != jnp.argmax(mine, axis=-1)
-        found = jax.vmap(lambda taps: moments(taps, jnp.ones(generator_batch)))(taps)
-        total = jnp.mean(training.cross_entropy(taught, target))
-        total += lambda_bn * mean(jnp.where(counted, jax.vmap(distance)(found, statistics), 0.0))
-        return total - lambda_div * jnp.mean(jnp.where(wrong, apart, 0.0)), images
+        return generator_loss(task, kept, params, moved, target, lambda_bn, lambda_div), images
 
       def step(i, carry):
         made, state, least, best = carry
@@ -129,21 +115,63 @@ def dense(
       return jax.lax.fori_loop(0, generator_steps, step, start)[-1]
 
     def epoch(i, carry):
-      params, state, pool = carry
-      pool = pool.at[i].set(synthesise(params, jax.random.fold_in(key, i)))
+      params, state, pool, answered = carry
+      images = synthesise(params, jax.random.fold_in(key, i))
+      pool, answered = pool.at[i].set(images), answered.at[i].set(ensemble(kept, answers(task, kept.params, images)[0]))
 
       def step(j, carry):
         params, state = carry
-        taught = mean(answers(task, members.params, pool[j])[0])
-        gradient = jax.grad(lambda p: jnp.mean(divergence(p, pool[j], taught)[0]))(params)
-        updates, state = sgd.update(gradient, state)
+        apart = lambda p: jnp.mean(divergence(training.predict(task.model, p, pool[j]).logits, answered[j]))
+        updates, state = sgd.update(jax.grad(apart)(params), state)
         return optax.apply_updates(params, updates), state
 
       params, state = jax.lax.fori_loop(0, i + 1, step, (params, state))
-      return params, state, pool
+      return params, state, pool, answered
 
-    params = average(members)
+    params = average(kept.params, kept.weight)
     pool = jnp.zeros((epochs, generator_batch, *task.image_shape))
-    return jax.lax.fori_loop(0, epochs, epoch, (params, sgd.init(params), pool))[0]
+    answered = jnp.zeros((epochs, generator_batch, task.num_classes))
+    return jax.lax.fori_loop(0, epochs, epoch, (params, sgd.init(params), pool, answered))[0]
 
   return fedavg(task)._replace(local_update=local_update, aggregate=aggregate)
+
+
+def ensemble(kept: Kept, values: Array) -> Array:
+  """The mean of values [K, ...] over the clients that arrived with examples, every one alike."""
+  counted = jnp.where(kept.weight > 0, 1.0, 0.0)
+  return jnp.tensordot(counted, values, 1) / jnp.sum(counted)
+
+
+def divergence(logits: Array, taught: Array) -> Array:
+  """KL(softmax(taught) || softmax(logits)) of each row, [B]."""
+  target = jax.nn.softmax(taught)
+  return training.cross_entropy(logits, target) - training.cross_entropy(taught, target)
+
+
+def generator_loss(
+  task: Task,
+  kept: Kept,
+  params: Params,
+  images: Array,
+  target: Array,
+  lambda_bn: Array | float,
+  lambda_div: Array | float,
+) -> Array:
+  """What the generator minimises, [].
+
+  Args:
+    task: the task.
+    kept: the clients' models and layer statistics, [K, ...].
+    params: the model being taught.
+    images: float32 [B, height, width, channels].
+    target: one-hot float32 [B, C].
+    lambda_bn: weight of L_BN.
+    lambda_div: weight of the disagreement.
+  """
+  logits, taps = answers(task, kept.params, images)
+  taught, mine = ensemble(kept, logits), training.predict(task.model, params, images).logits
+  found = jax.vmap(lambda taps: moments(taps, jnp.ones(len(images))))(taps)
+  wrong = jnp.argmax(taught, axis=-1) != jnp.argmax(mine, axis=-1)
+  off = jnp.where(kept.weight > 0, jax.vmap(distance)(found, kept.statistics), 0.0)
+  apart = jnp.mean(jnp.where(wrong, divergence(mine, taught), 0.0))
+  return jnp.mean(training.cross_entropy(taught, target)) + lambda_bn * ensemble(kept, off) - lambda_div * apart

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from apfl_jax import nn, random, training
-from apfl_jax.algorithms.data_free import APART, Member, answers, average, class_shares, diversity
+from apfl_jax.algorithms.data_free import APART, answers, average, class_shares, diversity
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.settings import Count, Limits, Positive, Weight
 from apfl_jax.types import Algorithm, Array, Download, Generator, Key, Params, PyTree, Task, Upload
@@ -38,6 +38,20 @@ class Server(NamedTuple):
 
   params: Params
   generator: PyTree
+
+
+class Kept(NamedTuple):
+  """What the server wants client by client.
+
+  Attributes:
+    params: the local model.
+    weight: float32 [], what it counts in the mean.
+    counts: float32 [C], the client's training examples of each class.
+  """
+
+  params: Params
+  weight: Array
+  counts: Array
 
 
 def fedftg(
@@ -75,12 +89,12 @@ def fedftg(
     params = training.local_sgd(task, loss, download.shared, data, steps, key)
     counts = training.label_histogram(data.store, data.train, task.num_classes)
     weight = training.weight(task.sgd, data.train.size)
-    return client, Upload(update=(), weight=weight, kept=Member(params, weight, counts))
+    return client, Upload(update=(), weight=weight, kept=Kept(params, weight, counts))
 
   def aggregate(server, received, key):
-    members = received.kept
-    counts = jnp.sum(members.counts, axis=0)
-    shares = class_shares(members.counts)
+    kept = received.kept
+    counts = jnp.sum(kept.counts, axis=0)
+    shares = class_shares(kept.counts)  # [K, C], 0 for who did not arrive
 
     def iteration(i, carry):
       params, generated, state = carry
@@ -89,19 +103,16 @@ def fedftg(
       noise = jax.random.normal(noise_key, (generator_batch, generator.noise_size))
       target, share = jax.nn.one_hot(label, task.num_classes), shares[:, label]  # [B, C], [K, B]
 
-      def generator_loss(generated):
+      def search(generated):
         images = generator.apply(generated, noise, target)
-        logits = answers(task, members.params, images)[0]  # [K, B, C]
-        mine = training.predict(task.model, params, images).logits
-        gap = jnp.mean(jnp.abs(mine - jax.lax.stop_gradient(logits)), axis=-1)
-        right = jax.vmap(lambda x: training.cross_entropy(x, target))(logits)
-        return jnp.sum(jnp.mean(share * (lambda_cls * right - gap), axis=1)) + lambda_dis * diversity(noise, images)
+        loss = generator_loss(task, kept.params, params, images, target, share, lambda_cls)
+        return loss + lambda_dis * diversity(noise, images)
 
-      updates, state = optimizer.update(jax.grad(generator_loss)(generated), state)
+      updates, state = optimizer.update(jax.grad(search)(generated), state)
       generated = optax.apply_updates(generated, updates)
 
       images = generator.apply(generated, noise, target)
-      taught = jnp.sum(share[:, :, None] * jax.nn.softmax(answers(task, members.params, images)[0]), axis=0)  # [B, C]
+      taught = jnp.sum(share[:, :, None] * jax.nn.softmax(answers(task, kept.params, images)[0]), axis=0)  # [B, C]
 
       def distillation(params, step):
         each = training.cross_entropy(training.predict(task.model, params, images).logits, taught)
@@ -110,7 +121,7 @@ def fedftg(
       rate = jnp.float32(server_learning_rate)
       return training.descend(distillation, params, jnp.int32(model_steps), rate), generated, state
 
-    carry = (average(members), server.generator, optimizer.init(server.generator))
+    carry = (average(kept.params, kept.weight), server.generator, optimizer.init(server.generator))
     params, generated, _ = jax.lax.fori_loop(0, iterations, iteration, carry)
     return Server(params, generated)
 
@@ -121,6 +132,27 @@ def fedftg(
     aggregate=aggregate,
     global_model=lambda server: server.params,
   )
+
+
+def generator_loss(
+  task: Task, members: Params, params: Params, images: Array, target: Array, share: Array, lambda_cls: Array | float
+) -> Array:
+  """What the generator minimises but for its diversity, [].
+
+  Args:
+    task: the task.
+    members: the clients' models, [K, ...].
+    params: the model being fine-tuned.
+    images: x, float32 [B, height, width, channels].
+    target: y, one-hot float32 [B, C].
+    share: a_k(y_b), float32 [K, B].
+    lambda_cls: weight of the labels.
+  """
+  logits, _ = answers(task, members, images)  # [K, B, C]
+  mine = training.predict(task.model, params, images).logits
+  gap = jnp.mean(jnp.abs(mine - jax.lax.stop_gradient(logits)), axis=-1)
+  right = jax.vmap(lambda x: training.cross_entropy(x, target))(logits)
+  return jnp.sum(jnp.mean(share * (lambda_cls * right - gap), axis=1))
 
 
 def samples(task: Task, server: Server, key: Key, count: int) -> Array:

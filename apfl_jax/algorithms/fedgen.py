@@ -112,7 +112,7 @@ def fedgen(
     shared = download.shared
     next_batch = training.batches(task, data, data.train, key)
     noise_key = jax.random.fold_in(key, APART)
-    decayed = lambda start: jnp.maximum(start * _DECAY**shared.rounds, _LEAST)
+    decayed = lambda start: jnp.maximum(start * _DECAY**shared.rounds, jnp.minimum(start, _LEAST))
     labelled, distilled = (jnp.where(shared.rounds > 0, decayed(weight), 0.0) for weight in (alpha, beta))
 
     def loss(params, step):
@@ -141,18 +141,17 @@ def fedgen(
     shares = class_shares(kept.counts)  # [K, C], 0 for who did not arrive
     held = jnp.any(shares > 0, axis=0)
 
-    def loss(params, key):
-      label_key, noise_key = jax.random.split(key)
-      label = random.categorical(label_key, held.astype(jnp.float32), (generator_batch,))
-      target = jax.nn.one_hot(label, num_classes)
-      noise = jax.random.normal(noise_key, (generator_batch, generator.noise_size))
-      made = generator.apply(params, noise, target)
-      each = jax.vmap(lambda head: training.cross_entropy(model.head(head, made), target))(kept.head)  # [K, B]
-      return jnp.sum(jnp.mean(shares[:, label] * each, axis=1)) + eta * diversity(noise, made)
-
     def step(i, carry):
       params, state = carry
-      updates, state = optimizer.update(jax.grad(loss)(params, jax.random.fold_in(key, i)), state, params)
+      label_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+      label = random.categorical(label_key, held.astype(jnp.float32), (generator_batch,))
+      noise = jax.random.normal(noise_key, (generator_batch, generator.noise_size))
+
+      def loss(params):
+        features = generator.apply(params, noise, jax.nn.one_hot(label, num_classes))
+        return teacher_loss(task, kept.head, shares, features, label) + eta * diversity(noise, features)
+
+      updates, state = optimizer.update(jax.grad(loss)(params), state, params)
       return optax.apply_updates(params, updates), state
 
     trained, state = jax.lax.fori_loop(0, generator_steps, step, (old.generator, server.optimizer))
@@ -167,3 +166,18 @@ def fedgen(
     global_model=lambda server: server.shared.params,
     personalize=lambda download, client, data, visit, key: download.shared.params,
   )
+
+
+def teacher_loss(task: Task, heads: PyTree, shares: Array, features: Array, label: Array) -> Array:
+  """sum_k mean_b a_k(y_b) CE(h_k(f_b), y_b), [].
+
+  Args:
+    task: the task.
+    heads: pytree [K, ...].
+    shares: a, float32 [K, C]; 0 for a head that did not arrive.
+    features: f, float32 [B, F].
+    label: y, int32 [B].
+  """
+  target = jax.nn.one_hot(label, task.num_classes)
+  each = jax.vmap(lambda head: training.cross_entropy(task.model.head(head, features), target))(heads)  # [K, B]
+  return jnp.sum(jnp.mean(shares[:, label] * each, axis=1))
