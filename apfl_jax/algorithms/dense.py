@@ -6,8 +6,9 @@ The server distils the ensemble of the clients' models, D(x) = mean_k w_k(x), in
      of whose images those with the smallest loss are put in a pool;
   2. a pass of w over the pool, SGD with momentum on KL(D(x) || w(x)).
 
-The paper is one-shot: `--rounds=1` with many local epochs. In more rounds each aggregation does all this anew, and w
-starts at the mean of the clients' models [O] (there at a model of its own, since clients' networks may differ).
+The paper is one-shot: `--rounds=1` with many local epochs. In a longer run the first rounds are FedAvg's and each of
+the last tenth does all this anew [O]; w starts at the mean of the clients' models (there at a model of its own, since
+clients' networks may differ).
 
 As in the authors' code [C]: labels are uniform over all classes, G does not see them, z is trained, the ensemble takes
 every client alike. What differs: there are no BatchNorm layers, so clients send channel moments of their
@@ -39,16 +40,19 @@ class Kept(NamedTuple):
     params: the local model.
     weight: float32 [], what it counts in the mean.
     statistics: Moments of each layer under that model.
+    round: int32 [], the round of the upload.
   """
 
   params: Params
   weight: Array
   statistics: tuple[Moments, ...]
+  round: Array
 
 
 def dense(
   task: Task,
   *,
+  warmup: Share = 0.9,
   epochs: _Many = 10,
   generator_steps: _Many = 20,
   generator_batch: Annotated[int, Limits(least=2)] = 128,
@@ -62,6 +66,7 @@ def dense(
 
   Args:
     task: the task.
+    warmup: share of the run's rounds that are FedAvg's, before the server distils.
     epochs: new generators a round, each followed by a pass over the pool.
     generator_steps: Adam steps of each generator.
     generator_batch: images that each adds to the pool.
@@ -84,11 +89,15 @@ def dense(
     batch = training.draw(data.store, data.train, jnp.int32(0), task.sgd.batch_size, task.num_classes, apart)
     statistics = moments(task.model.base(params.base, batch.images)[1], batch.mask)
     weight = training.weight(task.sgd, data.train.size)
-    return client, Upload(update=(), weight=weight, kept=Kept(params, weight, statistics))
+    return client, Upload(update=(), weight=weight, kept=Kept(params, weight, statistics, visit.round))
 
   def aggregate(server, received, key):
     kept = received.kept
+    mean = average(kept.params, kept.weight)
+    started = jnp.max(kept.round) >= jnp.floor(warmup * task.rounds)
+    return jax.lax.cond(started, distil, lambda params, kept, key: params, mean, kept, key)
 
+  def distil(params, kept, key):
     def synthesise(params, key):
       """A batch of images [B, ...] from a new generator."""
       generator_key, noise_key, label_key, shift_key = jax.random.split(key, 4)
@@ -128,7 +137,6 @@ def dense(
       params, state = jax.lax.fori_loop(0, i + 1, step, (params, state))
       return params, state, pool, answered
 
-    params = average(kept.params, kept.weight)
     pool = jnp.zeros((epochs, generator_batch, *task.image_shape))
     answered = jnp.zeros((epochs, generator_batch, task.num_classes))
     return jax.lax.fori_loop(0, epochs, epoch, (params, sgd.init(params), pool, answered))[0]

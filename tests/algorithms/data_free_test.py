@@ -27,7 +27,7 @@ STACKED = jax.tree.map(lambda *x: jnp.stack(x), *MEMBERS)
 SETTINGS = {
   fedgen: {"generator_steps": 3, "alpha": 2.0, "beta": 3.0},
   fedftg: {"iterations": 60, "server_learning_rate": 1.0, "lambda_cls": 5.0},
-  dense: {"epochs": 10, "generator_steps": 3, "generator_batch": 32, "server_learning_rate": 0.3},
+  dense: {"warmup": 0.0, "epochs": 10, "generator_steps": 3, "generator_batch": 32, "server_learning_rate": 0.3},
 }
 
 
@@ -188,7 +188,7 @@ def test_fedftg_teaches_what_those_who_hold_a_class_say_of_it():
 def _dense_kept(weights):
   hidden = [IMAGES.reshape(BATCH, -1) @ member.base for member in MEMBERS]
   statistics = Moments(jnp.stack([h.mean(0) for h in hidden]) + 0.3, jnp.stack([(h**2).mean(0) for h in hidden]) + 0.5)
-  return DenseKept(STACKED, jnp.asarray(weights), (statistics,)), hidden
+  return DenseKept(STACKED, jnp.asarray(weights), (statistics,), jnp.zeros(3, jnp.int32)), hidden
 
 
 def test_the_generator_of_dense_fools_the_model_with_what_the_ensemble_knows():
@@ -217,6 +217,16 @@ def test_dense_teaches_the_ensemble_in_which_every_client_counts_alike():
   mean = linear.plus(linear.nothing(), (0.9, MEMBERS[0]), (0.1, MEMBERS[2]))
   taught = (logits(MEMBERS[0]) + logits(MEMBERS[2])) / 2
   assert apart(after, taught) < 0.3 * apart(mean, taught)
+
+
+def test_dense_warms_up_as_fedavg():
+  plain = linear.Rounds(fedavg(linear.task()))
+  other = linear.Rounds(dense(linear.task()._replace(rounds=jnp.int32(3)), warmup=0.7, epochs=1, generator_steps=1))
+  for same in (True, True, False):  # rounds 0 and 1; the server distils from round 2 = floor(.7 * 3) on
+    plain.advance((0, 1, 2), lost=(2,))
+    other.advance((0, 1, 2), lost=(2,))
+    gap = abs(np.asarray(other.params.head) - np.asarray(plain.params.head)).max()
+    assert gap < 1e-6 if same else gap > 1e-4
 
 
 def test_clients_of_dense_send_the_moments_of_their_layers():
