@@ -3,7 +3,7 @@
 The simulation is not involved: what a method's functions return is put together here, client after client.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from apfl_jax.types import (
   Visit,
 )
 
-NUM_CLASSES, IMAGE_SHAPE, FEATURES = 3, (1, 1, 4), 5
+NUM_CLASSES, IMAGE_SHAPE, FEATURES = 3, (2, 2, 1), 5
 SIZES = (5, 3, 8, 6)  # training examples of each client
 LEARNING_RATE, STEPS = 0.5, 4
 
@@ -78,14 +78,21 @@ class Rounds:
 
   def __init__(self, algorithm: Algorithm):
     self.algorithm = algorithm
-    self.server = algorithm.init(jax.random.key(0))
+    self.server = jax.jit(algorithm.init)(jax.random.key(0))
     self.clients: dict[int, PyTree] = {}
     self._round = 0
     self._update = jax.jit(algorithm.local_update)
     self._aggregate = jax.jit(algorithm.aggregate)
 
-  def advance(self, ids: Sequence[int], *, lost: Sequence[int] = (), sizes: dict[int, int] | None = None) -> Received:
-    """A round of these clients, of whose uploads some are lost; returns what the server got."""
+  def advance(
+    self,
+    ids: Sequence[int],
+    *,
+    lost: Sequence[int] = (),
+    sizes: dict[int, int] | None = None,
+    work: dict[int, float] | None = None,
+  ) -> Received:
+    """A round of these clients, some with other sizes or less work, some uploads lost; returns what the server got."""
     download = self.algorithm.download(self.server)
     uploads = []
     for id in ids:
@@ -93,7 +100,7 @@ class Rounds:
       new = id not in self.clients
       client = self.algorithm.init_client(mine, jax.random.key(id)) if new else self.clients[id]
       key = jax.random.fold_in(jax.random.key(self._round), id)
-      circumstances = visit(id, round=self._round, times=0 if new else 1)
+      circumstances = visit(id, round=self._round, times=0 if new else 1, work=(work or {}).get(id, 1.0))
       size = (sizes or {}).get(id)
       self.clients[id], upload = self._update(mine, client, data(id, size), circumstances, key)
       uploads.append(upload)
@@ -128,6 +135,11 @@ class Oracle(NamedTuple):
   x: np.ndarray
   y: np.ndarray
 
+  def loss(self, params: Params) -> float:
+    """The mean cross-entropy."""
+    logits = self.x @ params.base @ params.head
+    return (np.log(np.exp(logits).sum(1)) - (logits * self.y).sum(1)).mean()
+
   def gradient(self, params: Params) -> Params:
     """Of the mean cross-entropy."""
     hidden = self.x @ params.base
@@ -147,6 +159,31 @@ def oracle(client: int) -> Oracle:
 def start() -> Params:
   """The first model in float64."""
   return Params(*map(np.float64, START))
+
+
+def nothing() -> Params:
+  """Zeros in the shape of the model."""
+  return Params(*(np.zeros(p.shape) for p in START))
+
+
+def descend(
+  client: int, params: Params, extra: Callable[[Params], Params] = lambda params: nothing(), steps: int = STEPS
+) -> Params:
+  """The client's SGD steps on its loss and on whatever else has this gradient."""
+  for _ in range(steps):
+    params = plus(params, (-LEARNING_RATE, oracle(client).gradient(params)), (-LEARNING_RATE, extra(params)))
+  return params
+
+
+def slope(loss: Callable[[Params], float], params: Params, step: float = 1e-5) -> Params:
+  """The gradient of any loss, by central differences."""
+  result = nothing()
+  for part, values in enumerate(params):
+    for place in np.ndindex(values.shape):
+      nudge = nothing()
+      nudge[part][place] = step
+      result[part][place] = (loss(plus(params, (1, nudge))) - loss(plus(params, (-1, nudge)))) / (2 * step)
+  return result
 
 
 def plus(params: Params, *terms: tuple[float, Params]) -> Params:

@@ -28,7 +28,10 @@ _SMALL: dict[str, dict[str, Any]] = {
     "friend_steps": 10,
     "synthetic_examples": 16,
     "grid_points": 2,
-  }
+  },
+  "dense": {"warmup": 0.2, "epochs": 2, "generator_steps": 2, "generator_batch": 8},
+  "fedftg": {"iterations": 2, "model_steps": 2, "generator_batch": 8},
+  "fedgen": {"generator_steps": 10, "generator_batch": 8, "generator_learning_rate": 0.01},
 }
 
 

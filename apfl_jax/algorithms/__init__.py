@@ -6,20 +6,31 @@ from typing import Any, NamedTuple
 from apfl_jax.algorithms import ap_fl as ap_fl_package
 from apfl_jax.algorithms.adaptive_pfl import adaptive_pfl
 from apfl_jax.algorithms.ap_fl import ap_fl
+from apfl_jax.algorithms.dense import dense
 from apfl_jax.algorithms.ditto import ditto
 from apfl_jax.algorithms.fedala import fedala
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
 from apfl_jax.algorithms.fedbabu import fedbabu
 from apfl_jax.algorithms.feddbe import feddbe
+from apfl_jax.algorithms.feddyn import feddyn
+from apfl_jax.algorithms.fedftg import fedftg
+from apfl_jax.algorithms.fedftg import samples as fedftg_samples
+from apfl_jax.algorithms.fedgen import fedgen
+from apfl_jax.algorithms.fednova import fednova
+from apfl_jax.algorithms.fedopt import fedadam, fedavgm, fedyogi
 from apfl_jax.algorithms.fedper import fedper
 from apfl_jax.algorithms.fedproto import fedproto
+from apfl_jax.algorithms.fedprox import fedprox
 from apfl_jax.algorithms.fedrep import fedrep
 from apfl_jax.algorithms.fedrod import fedrod
+from apfl_jax.algorithms.fl_fdms import fl_fdms
 from apfl_jax.algorithms.gpfl import gpfl
 from apfl_jax.algorithms.knn_per import knn_per
 from apfl_jax.algorithms.lg_fedavg import lg_fedavg
 from apfl_jax.algorithms.local import local
+from apfl_jax.algorithms.mifa import mifa
+from apfl_jax.algorithms.moon import moon
 from apfl_jax.algorithms.per_fedavg import per_fedavg
 from apfl_jax.algorithms.persafl import persafl
 from apfl_jax.algorithms.pfedme import pfedme
@@ -53,20 +64,32 @@ METHODS: dict[str, Method] = {
   "ap_fl": Method(
     ap_fl, "Wan et al. 2025, arXiv 2503.00407 (reconstructed)", head="anchored", samples=ap_fl_package.samples
   ),
+  "dense": Method(dense, "Zhang et al. 2022, arXiv 2112.12371"),
   "ditto": Method(ditto, "Li et al. 2021, arXiv 2012.04221", keeps="its model"),
+  "fedadam": Method(fedadam, "Reddi et al. 2021, arXiv 2003.00295"),
   "fedala": Method(fedala, "Zhang et al. 2023, arXiv 2212.01197", keeps="its model and its head's weights"),
   "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629"),
   "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252"),
+  "fedavgm": Method(fedavgm, "Hsu et al. 2019, arXiv 1909.06335"),
   "fedbabu": Method(fedbabu, "Oh et al. 2022, arXiv 2106.06042"),
   "feddbe": Method(feddbe, "Zhang et al. 2023, arXiv 2311.14975", keeps="its mean representation"),
+  "feddyn": Method(feddyn, "Acar et al. 2021, arXiv 2111.04263", keeps="the sum of its moves"),
+  "fedftg": Method(fedftg, "Zhang et al. 2022, arXiv 2203.09249", samples=fedftg_samples),
+  "fedgen": Method(fedgen, "Zhu et al. 2021, arXiv 2105.10056"),
+  "fednova": Method(fednova, "Wang et al. 2020, arXiv 2007.07481"),
   "fedper": Method(fedper, "Arivazhagan et al. 2019, arXiv 1912.00818", keeps="its head"),
   "fedproto": Method(fedproto, "Tan et al. 2022, arXiv 2105.00243", keeps="its model"),
+  "fedprox": Method(fedprox, "Li et al. 2020, arXiv 1812.06127"),
   "fedrep": Method(fedrep, "Collins et al. 2021, arXiv 2102.07078", keeps="its head"),
   "fedrod": Method(fedrod, "Chen and Chao 2022, arXiv 2107.00778", keeps="its head"),
+  "fedyogi": Method(fedyogi, "Reddi et al. 2021, arXiv 2003.00295"),
+  "fl_fdms": Method(fl_fdms, "Wang and Xu 2022, arXiv 2205.13222"),
   "gpfl": Method(gpfl, "Zhang et al. 2023, arXiv 2308.10279", keeps="its head"),
   "knn_per": Method(knn_per, "Marfoq et al. 2022, arXiv 2111.09360"),
   "lg_fedavg": Method(lg_fedavg, "Liang et al. 2020, arXiv 2001.01523", keeps="its base"),
   "local": Method(local, "the lower bound", keeps="its model"),
+  "mifa": Method(mifa, "Gu et al. 2021, arXiv 2106.04159", keeps="its last two updates"),
+  "moon": Method(moon, "Li et al. 2021, arXiv 2103.16257", keeps="its last model"),
   "per_fedavg": Method(per_fedavg, "Fallah et al. 2020, arXiv 2002.07948"),
   "persafl": Method(persafl, "Toghani et al. 2022, arXiv 2210.01176"),
   "pfedme": Method(pfedme, "Dinh et al. 2020, arXiv 2006.08848"),
@@ -79,7 +102,6 @@ def settings(name: str) -> dict[str, Setting]:
   return of(METHODS[name].make)
 
 
-__all__ = ["METHODS", "Algorithm", "Method", "Task", "ap_fl", "fedavg", "fedavg_ft", "local", "scaffold", "settings"]
 __all__ = [
   "METHODS",
   "Algorithm",
@@ -87,20 +109,32 @@ __all__ = [
   "Task",
   "adaptive_pfl",
   "ap_fl",
+  "dense",
   "ditto",
+  "fedadam",
   "fedala",
   "fedavg",
   "fedavg_ft",
+  "fedavgm",
   "fedbabu",
   "feddbe",
+  "feddyn",
+  "fedftg",
+  "fedgen",
+  "fednova",
   "fedper",
   "fedproto",
+  "fedprox",
   "fedrep",
   "fedrod",
+  "fedyogi",
+  "fl_fdms",
   "gpfl",
   "knn_per",
   "lg_fedavg",
   "local",
+  "mifa",
+  "moon",
   "per_fedavg",
   "persafl",
   "pfedme",

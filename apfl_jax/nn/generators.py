@@ -106,3 +106,31 @@ def generator(
     lambda rngs: SmoothGenerator(image_shape, embedding_size, length, width, upsamplings, rngs=rngs)
   )
   return Generator(init=init, apply=apply, noise_size=noise_size)
+
+
+class FeatureGenerator(nnx.Module):
+  """One hidden layer, to what a classifier's head reads: a thousandth of an image generator's work."""
+
+  def __init__(self, condition_size: int, noise_size: int, hidden: int, features: int, *, rngs: nnx.Rngs):
+    """Args: length of the condition and of the noise, width of the hidden layer, F, rngs."""
+    self.dense = _linear(noise_size + condition_size, hidden, rngs=rngs)
+    self.norm = nnx.LayerNorm(hidden, rngs=rngs)
+    self.out = _linear(hidden, features, rngs=rngs)
+
+  def __call__(self, noise: Array, condition: Array) -> Array:
+    """Noise [B, noise_size], condition [B, condition_size] -> features [B, F], not negative as after ReLU."""
+    hidden = nnx.relu(self.norm(self.dense(jnp.concatenate([noise, condition], axis=-1))))
+    return nnx.relu(self.out(hidden))
+
+
+def feature_generator(condition_size: int, features: int, *, noise_size: int = 32, hidden: int = 256) -> Generator:
+  """A generator of features [B, F] in place of images, as FedGen's. May be called inside a trace.
+
+  Args:
+    condition_size: length of what a class is given as, C for one-hot labels.
+    features: F.
+    noise_size: length of the noise.
+    hidden: width of the hidden layer.
+  """
+  init, apply = functional(lambda rngs: FeatureGenerator(condition_size, noise_size, hidden, features, rngs=rngs))
+  return Generator(init=init, apply=apply, noise_size=noise_size)

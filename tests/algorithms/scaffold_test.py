@@ -7,23 +7,20 @@ from tests import linear
 
 
 def test_rounds_are_those_of_the_paper():
-  # The second client comes in the first round only, the third's second upload is lost.
-  rounds, server_rate = linear.Rounds(scaffold(linear.task(), server_learning_rate=0.7)), 0.7
-  x, control, own = linear.start(), linear.plus(linear.start(), (-1, linear.start())), {}
+  rate, server_rate = linear.STEPS * linear.LEARNING_RATE, 0.7
+  rounds = linear.Rounds(scaffold(linear.task(), server_learning_rate=server_rate))
+  x, control, own = linear.start(), linear.nothing(), dict.fromkeys(range(4), linear.nothing())
   for ids, lost in (((0, 1, 2), ()), ((0, 2, 3), (2,)), ((2, 3), ())):
     rounds.advance(ids, lost=lost)
     deltas, changes = [], []
     for id in ids:
-      old = own.get(id, linear.plus(linear.start(), (-1, linear.start())))
-      y = x
-      for _ in range(linear.STEPS):
-        g = linear.oracle(id).gradient(y)
-        y = linear.plus(y, *((-linear.LEARNING_RATE * s, t) for s, t in ((1, g), (1, control), (-1, old))))
-      moved = linear.plus(y, (-1, x))
-      own[id] = linear.plus(old, (-1, control), (-1 / (linear.STEPS * linear.LEARNING_RATE), moved))
+      correction = linear.plus(control, (-1, own[id]))
+      moved = linear.plus(linear.descend(id, x, lambda _, c=correction: c), (-1, x))
+      new = linear.plus(own[id], (-1, control), (-1 / rate, moved))
       if id not in lost:
         deltas.append(moved)
-        changes.append(linear.plus(own[id], (-1, old)))
+        changes.append(linear.plus(new, (-1, own[id])))
+      own[id] = new
     x = linear.plus(x, *((server_rate / len(deltas), d) for d in deltas))
     control = linear.plus(control, *((1 / len(linear.SIZES), c) for c in changes))
     linear.close(rounds.params, x)

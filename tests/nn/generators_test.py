@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from apfl_jax.errors import InputError
-from apfl_jax.nn import generator
+from apfl_jax.nn import feature_generator, generator
 
 SIZE = 6  # of an embedding
 SHAPE = (8, 8, 1)
@@ -133,3 +133,16 @@ def test_what_does_not_fit_is_said_in_one_line(shape, options, words):
     generator(shape, SIZE, **options)
   message = str(error.value)
   assert "\n" not in message and all(word in message for word in words)
+
+
+def test_features_depend_on_noise_and_condition_and_are_not_negative():
+  made = feature_generator(4, 9, noise_size=5, hidden=16)
+  params = jax.jit(made.init)(jax.random.key(0))
+  assert sum(x.size for x in jax.tree.leaves(params)) == (5 + 4 + 1) * 16 + 2 * 16 + (16 + 1) * 9
+  noise = jax.random.normal(jax.random.key(1), (3, made.noise_size))
+  label = jax.nn.one_hot(jnp.array([0, 1, 0]), 4)
+  features = made.apply(params, noise, label)
+  assert features.shape == (3, 9) and features.min() == 0 < features.max()
+  assert not np.allclose(features[0], features[2])  # another noise
+  assert not np.allclose(features[1], made.apply(params, noise, label[::-1] * 0)[1])
+  np.testing.assert_allclose(made.apply(params, noise[:1], label[:1])[0], features[0], rtol=1e-5, atol=1e-6)
