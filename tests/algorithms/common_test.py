@@ -190,6 +190,7 @@ def test_a_client_that_never_took_part_is_personalised(name):
   assert metrics.accuracy(scores.own)[never].min() > 0.5
 
 
+@pytest.mark.slow  # to compile; one client among absent ones is among the hard cases
 def test_a_population_of_one(name):
   simulator, inputs = tasks.simulator(name, num_clients=1), tasks.inputs(name, num_clients=1)
   state = tasks.run(simulator, inputs, 5)
