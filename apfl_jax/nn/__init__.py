@@ -2,6 +2,17 @@
 
 from apfl_jax.nn.classifiers import HEADS, MODELS, classifier
 from apfl_jax.nn.generators import generator
-from apfl_jax.nn.layers import Conv, conv2d, functional, max_pool, upsample
+from apfl_jax.nn.layers import Conv, conv2d, conv2d_max_pool, functional, max_pool, upsample
 
-__all__ = ["HEADS", "MODELS", "Conv", "classifier", "conv2d", "functional", "generator", "max_pool", "upsample"]
+__all__ = [
+  "HEADS",
+  "MODELS",
+  "Conv",
+  "classifier",
+  "conv2d",
+  "conv2d_max_pool",
+  "functional",
+  "generator",
+  "max_pool",
+  "upsample",
+]
