@@ -2,7 +2,7 @@
 
 from apfl_jax.nn.classifiers import HEADS, MODELS, classifier
 from apfl_jax.nn.generators import feature_generator, generator
-from apfl_jax.nn.layers import Conv, conv2d, functional, max_pool, upsample
+from apfl_jax.nn.layers import Conv, conv2d, conv2d_max_pool, functional, max_pool, upsample
 
 __all__ = [
   "HEADS",
@@ -10,6 +10,7 @@ __all__ = [
   "Conv",
   "classifier",
   "conv2d",
+  "conv2d_max_pool",
   "feature_generator",
   "functional",
   "generator",

@@ -1,9 +1,14 @@
 """Layers that stay matrix products when every client has its own weights, and the one way out of Flax.
 
 `vmap` over clients turns XLA's convolution into a grouped one, which its CPU backend computes slowly, also under
-`lax.map`. So convolutions are matmuls here, and pooling and upsampling are reshapes and elementwise sums.
+`lax.map`. So convolutions are matmuls here, and pooling and upsampling are slices and elementwise operations.
+
+Classifiers train through `conv2d_max_pool`, whose arrays hold the batch last, [C, H, W, B]. Every copy then moves runs
+of pixels, every matmul is as wide as the pixels of the batch however few the channels, and no layout changes between
+them; on a CPU that is about twice as fast as `conv2d` and `max_pool`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -65,11 +70,58 @@ def conv2d(images: Array, kernel: Array, stride: int = 1, padding: Padding = "SA
 
 
 def max_pool(x: Array, size: int) -> Array:
-  """Maxima of non-overlapping windows, [B, H, W, C] -> [B, H // size, W // size, C]; what is left over is cut off."""
-  batch, height, width, channels = x.shape
-  height, width = height // size, width // size
-  windows = x[:, : height * size, : width * size].reshape(batch, height, size, width, size, channels)
-  return windows.max(axis=(2, 4))
+  """Maxima of non-overlapping windows, [B, H, W, C] -> [B, H // size, W // size, C]; what is left over is cut off.
+
+  Of equal maxima the first, row by row, takes the gradient, as in XLA and PyTorch.
+  """
+  height, width = (n // size * size for n in x.shape[1:3])
+  return functools.reduce(_larger, [x[:, i:height:size, j:width:size] for i in range(size) for j in range(size)])
+
+
+def conv2d_max_pool(images: Array, kernel: Array, bias: Array, size: int) -> tuple[Array, Array]:
+  """`conv2d` (stride 1, 'SAME') plus a bias, then `max_pool`; batch last.
+
+  The output pixels of each place in a window are one matmul over k * k patches, so the maximum is elementwise over
+  size * size matrices, and neither it nor its gradient moves anything. A single matmul, split into windows afterwards,
+  spends more time on the split than it gains.
+
+  Args:
+    images: [I, H, W, B].
+    kernel: [k, k, I, O].
+    bias: [O].
+    size: of the windows.
+
+  Returns:
+    maxima: [O, H // size, W // size, B].
+    pixels: [O, H, W, B], what the maxima are of; costs nothing under `jit` where it is not used.
+  """
+  k, _, in_channels, out_channels = kernel.shape
+  height, width, batch = images.shape[1:]
+  rows, columns = -(-height // size), -(-width // size)  # windows, begun ones too: `pixels` needs them
+  before = (k - 1) // 2
+  after = [n * size - m + k - 1 - before for n, m in ((rows, height), (columns, width))]
+  images = jnp.pad(images, ((0, 0), (before, after[0]), (before, after[1]), (0, 0)))
+  weights = kernel.reshape(-1, out_channels)  # not transposed: XLA's CPU backend finds better matmuls this way
+
+  def matrix(row: int, column: int) -> Array:
+    """[O, rows * columns * B], the pixels at one place in their windows."""
+    patches = [
+      images[:, i : i + rows * size : size, j : j + columns * size : size]
+      for i in range(row, row + k)
+      for j in range(column, column + k)
+    ]
+    return jnp.tensordot(weights, jnp.concatenate(patches).reshape(len(weights), -1), (0, 0))
+
+  places = [matrix(row, column) for row in range(size) for column in range(size)]
+  maxima = (functools.reduce(_larger, places) + bias[:, None]).reshape(out_channels, rows, columns, batch)
+  pixels = jnp.stack(places).reshape(size, size, out_channels, rows, columns, batch).transpose(2, 3, 0, 4, 1, 5)
+  pixels = pixels.reshape(out_channels, rows * size, columns * size, batch)[:, :height, :width]
+  return maxima[:, : height // size, : width // size], pixels + bias.reshape(-1, 1, 1, 1)
+
+
+def _larger(first: Array, second: Array) -> Array:
+  """The maximum, NaN if there is one; the gradient goes to the first of two equals, not to both."""
+  return jnp.where((second > first) | (second != second), second, first)
 
 
 def upsample(x: Array) -> Array:
@@ -115,3 +167,8 @@ class Conv(nnx.Module):
     """[B, H, W, in_channels] -> `dtype` [B, H', W', out_channels]."""
     images, kernel, bias = (x.astype(self.dtype) for x in (images, self.kernel[...], self.bias[...]))
     return conv2d(images, kernel, self.stride, self.padding) + bias.reshape(1, 1, 1, -1)
+
+  def max_pooled(self, images: Array, size: int) -> tuple[Array, Array]:
+    """[in_channels, H, W, B] -> what `conv2d_max_pool` returns, in `dtype`; for stride 1 and 'SAME'."""
+    images, kernel, bias = (x.astype(self.dtype) for x in (images, self.kernel[...], self.bias[...]))
+    return conv2d_max_pool(images, kernel, bias, size)
