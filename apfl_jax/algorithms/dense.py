@@ -4,7 +4,7 @@ The server distils the ensemble of the clients' models, D(x) = mean_k w_k(x), in
   1. a new generator G and new noise z, trained together by Adam for some steps on one batch of labels y, x = G(z):
        CE(D(x), y) + lambda_bn L_BN - lambda_div mean_b [argmax D(x) != argmax w(x)] KL(D(x) || w(x))
      of whose images those with the smallest loss are put in a pool;
-  2. a pass of w over the pool, SGD with momentum on KL(D(x) || w(x)).
+  2. SGD steps with momentum of w on the pool, on KL(D(x) || w(x)).
 
 The paper is one-shot: `--rounds=1` with many local epochs. In a longer run the first rounds are FedAvg's and each of
 the last tenth does all this anew [O]; w starts at the mean of the clients' models (there at a model of its own, since
@@ -14,7 +14,8 @@ As in the authors' code [C]: labels are uniform over all classes, G does not see
 every client alike. What differs: there are no BatchNorm layers, so clients send channel moments of their
 pre-activations on one batch instead, and L_BN is their scale-free distance, a mean over clients; images are shifted
 before the teacher, by one offset a batch, not flipped (a digit's mirror image is none); the smooth generator without
-batch statistics; 128 images a batch (there 256); the pool is read in the order in which it was filled.
+batch statistics; 128 images a batch (there 256); w takes as many steps an epoch as the full pool has batches, through
+the pool in the order in which it was filled (there one shuffled pass over the pool as it is).
 """
 
 from typing import Annotated, NamedTuple
@@ -67,7 +68,7 @@ def dense(
   Args:
     task: the task.
     warmup: share of the run's rounds that are FedAvg's, before the server distils.
-    epochs: new generators a round, each followed by a pass over the pool.
+    epochs: new generators a round, each followed by as many steps of the model.
     generator_steps: Adam steps of each generator.
     generator_batch: images that each adds to the pool.
     generator_learning_rate: of Adam (beta1 .5).
@@ -130,11 +131,12 @@ def dense(
 
       def step(j, carry):
         params, state = carry
-        apart = lambda p: jnp.mean(divergence(training.predict(task.model, p, pool[j]).logits, answered[j]))
+        slot = j % (i + 1)
+        apart = lambda p: jnp.mean(divergence(training.predict(task.model, p, pool[slot]).logits, answered[slot]))
         updates, state = sgd.update(jax.grad(apart)(params), state)
         return optax.apply_updates(params, updates), state
 
-      params, state = jax.lax.fori_loop(0, i + 1, step, (params, state))
+      params, state = jax.lax.fori_loop(0, epochs, step, (params, state))
       return params, state, pool, answered
 
     pool = jnp.zeros((epochs, generator_batch, *task.image_shape))

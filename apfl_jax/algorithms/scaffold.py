@@ -10,8 +10,8 @@ number of steps that this client really takes, so its control is a mean gradient
 The means are uniform, as in the paper: c is the mean of the c_i only if every client counts alike, so `--weighting`
 has no effect. A client without examples counts nothing. The trap that implementations fall into is avoided (method 4
 [C]): the difference of the controls is taken before the old one is overwritten. A client whose upload is lost has moved
-its c_i all the same, and c no longer is their mean; the paper knows of no losses. Clients that never come count in N with
-a control of zero: where a share of them is gone for good, c stays that much too small and shortens the steps of others.
+its c_i all the same, and c no longer is their mean; the paper knows of no losses. Clients that never come count in N
+with a control of zero: where some are gone for good, c is too small by their share and the steps of others get shorter.
 """
 
 from typing import NamedTuple

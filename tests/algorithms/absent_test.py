@@ -42,7 +42,8 @@ def test_fdms_gives_an_absent_client_the_update_of_its_friend():
   rounds, w = linear.Rounds(fl_fdms(linear.task())), linear.start()
   seen = {}  # pair -> similarities
   stood_in = set()
-  for ids, lost in (((0, 1, 2, 3), ()), ((0, 1), ()), ((1, 2, 3), (3,)), ((2, 3), ()), ((0, 3), ())):
+  # One friend of three counts twice; of two, either might for both.
+  for ids, lost in (((0, 1, 2, 3), ()), ((0, 1, 2), ()), ((0, 1, 2, 3), (1,)), ((1, 2, 3), ()), ((0, 1, 3), (1,))):
     rounds.advance(ids, lost=lost)
     updates = {id: linear.plus(linear.descend(id, w), (-1, w)) for id in ids if id not in lost}
     flat = {id: np.concatenate([p.ravel() for p in update]) for id, update in updates.items()}
@@ -57,7 +58,7 @@ def test_fdms_gives_an_absent_client_the_update_of_its_friend():
       full.append(updates[friend])
     w = linear.plus(w, *((1 / len(full), u) for u in full))
     linear.close(rounds.params, w)
-  assert len(stood_in) > 6  # friends differ between absent clients
+  assert len({friend for id, friend in stood_in if friend != id}) > 1
 
 
 def test_fdms_leaves_out_who_met_nobody():
