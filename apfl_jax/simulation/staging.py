@@ -232,13 +232,11 @@ class Staging:
     return jax.eval_shape(self._simulator.init, inputs), inputs
 
   def table_bytes(self, visited: int) -> int:
-    """Bytes that the tables of client rows take when so many clients were visited."""
-    if self.resident:
+    """Bytes of host memory that the tables of client rows take when so many clients were visited; none on disk."""
+    if self.resident or self._directory:
       return 0
-    page = 1 if self._directory else _PAGE
-    leaves = jax.tree.leaves(self.shapes()[0].clients)
-    each = sum(max(page, int(np.prod(x.shape[1:])) * x.dtype.itemsize) for x in leaves)
-    return min(visited * each, len(self.times) * sum(int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in leaves))
+    rows = [int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in jax.tree.leaves(self.shapes()[0].clients)]
+    return min(visited * sum(max(_PAGE, row) for row in rows), len(self.times) * sum(rows))
 
   def host_bytes(self) -> int:
     """Bytes of the whole federation in this host's memory; memory-mapped arrays count nothing."""
