@@ -35,6 +35,7 @@ from experiments.peers import Peer, PeerError
 _STARTED_WITH = simulation.peak_resident_bytes()  # after imports
 _SIDE = 2048  # of the matrix product that rates are compared with
 _REPEATS = 5
+_ROUNDS = 5  # of a call of `local_training`: what a run does between two evaluations
 _TRAIN_SHARE = 0.6  # of a client's examples, as `data.build` divides them
 
 
@@ -48,6 +49,7 @@ class Case(NamedTuple):
     clients: client updates of a call; None where no client takes part.
     flops: matrix products and convolutions of a call, as the ledger counts them; None where it was not asked.
     extra: (), called after the last turn -> more fields of the row, by name.
+    times: how often a peer does its spec for a call of ours.
     peer: the spec of the same work for other simulators (see `experiments.peers`); None where they have no twin of it.
   """
 
@@ -57,6 +59,7 @@ class Case(NamedTuple):
   clients: int | None = None
   flops: float | None = None
   peer: dict[str, Any] | None = None
+  times: int = 1
   extra: Callable[[], dict[str, Any]] = dict
 
 
@@ -159,7 +162,7 @@ Wanted = Callable[[str], bool]  # whether a case is asked for, by its name: buil
 
 
 def local_training(wanted: Wanted) -> Iterator[Case]:
-  """SGD on clients alone: a FedAvg round in which all take part, nothing evaluated.
+  """SGD on clients alone: FedAvg rounds in which all take part, nothing evaluated.
 
   Training sets are whole batches, so that no step is short. `pfl_cifar10` is one epoch of the cross-device setting of
   pfl-research's benchmark (50 clients of 50 examples, batches of 10), with our `cnn` in place of its network.
@@ -184,9 +187,10 @@ def local_training(wanted: Wanted) -> Iterator[Case]:
         client_map=how,
       )
       samples = clients * steps * batch
-      flops = float(rounds.prices().local_update.sum())
+      flops = _ROUNDS * float(rounds.prices().local_update.sum())
       spec = rounds.peer(label, samples) if how == "sequential" else None
-      yield Case(name, rounds.advance, samples, clients, flops, spec)
+      call = partial(rounds.advance, _ROUNDS)
+      yield Case(name, call, _ROUNDS * samples, _ROUNDS * clients, flops, spec, _ROUNDS)
 
 
 def whole_round(wanted: Wanted) -> Iterator[Case]:
@@ -349,7 +353,7 @@ def measure(
 
   def ask(timed: _Timed, name: str) -> float | None:
     try:
-      return found[name].turn(timed.case.peer or {})
+      return sum(found[name].turn(timed.case.peer or {}) for _ in range(timed.case.times))
     except PeerError as error:
       timed.peers.pop(name, None)
       print(f"{suite} {timed.case.name}: {name} left out: {error}", file=sys.stderr, flush=True)

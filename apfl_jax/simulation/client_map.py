@@ -1,7 +1,6 @@
 """The one way to run a function for many clients: training, personalisation and evaluation all go through it."""
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from apfl_jax.errors import InputError
 from apfl_jax.types import Array, PyTree
 
 AXIS = "clients"
-LANES = 8  # sums are kept apart in so many lanes, on up to as many devices, and added in lane order
+LANES = 8  # sums are kept apart in so many lanes, on up to as many devices, and added in an order of lanes
 _TURNS = 4  # of a plain vmap: clients lie sorted by work, so few wait for many; more turns would leave a device idle
 
 ClientFunction = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]  # (shared, one row) -> (to sum, to stack)
@@ -132,13 +131,13 @@ def client_map(fn: ClientFunction, how: str = "auto", mesh: Mesh | None = None) 
     rows, ok = jax.tree.map(lambda x: x[0], (rows, ok))  # this device's, [P, ...]
     count = ok.shape[0]
     shapes = jax.eval_shape(fn, shared, jax.tree.map(lambda x: x[0], rows))
-    contribution, output = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    sums = jax.tree.map(lambda x: jnp.zeros((lanes, *x.shape), x.dtype), contribution)
+    zeros = lambda *axes: jax.tree.map(lambda s: jnp.zeros((*axes, *s.shape), s.dtype), shapes)
+    sums, _ = zeros(lanes)
     if kind == "sequential":
 
       def one(sums, item):
         row, present, lane = item
-        added, out = jax.lax.cond(present, fn, lambda shared, row: (contribution, output), shared, row)
+        added, out = jax.lax.cond(present, fn, lambda *_: zeros(), shared, row)
         return jax.tree.map(lambda s, a: s.at[lane].add(a), sums, added), out
 
       sums, outputs = jax.lax.scan(one, sums, (rows, ok, jnp.arange(count) % lanes))
@@ -147,11 +146,10 @@ def client_map(fn: ClientFunction, how: str = "auto", mesh: Mesh | None = None) 
       blocks = -(-count // size)
       turns = -(-size // lanes)
       fold = lambda x: _pad(x, blocks * size).reshape(blocks, size, *x.shape[1:])
-      nothing = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), (contribution, output))
 
       def block(sums, item):
         compute = jax.vmap(masked, in_axes=(None, 0, 0))
-        added, out = jax.lax.cond(jnp.any(item[1]), compute, lambda *_: nothing, shared, *item)
+        added, out = jax.lax.cond(jnp.any(item[1]), compute, lambda *_: zeros(size), shared, *item)
         turned = jax.tree.map(lambda x: _pad(x, turns * lanes).reshape(turns, lanes, *x.shape[1:]), added)
         for turn in range(turns):
           sums = jax.tree.map(lambda s, t, turn=turn: s + t[turn], sums, turned)
@@ -159,7 +157,10 @@ def client_map(fn: ClientFunction, how: str = "auto", mesh: Mesh | None = None) 
 
       sums, outputs = jax.lax.scan(block, sums, jax.tree.map(fold, (filled(rows, ok), ok)))
       outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], outputs)
-    return jax.tree.map(lambda x: x[None], (sums, outputs))
+    total = jax.tree.map(_folded, sums)
+    if mesh:
+      total = jax.tree.map(_folded, jax.lax.all_gather(total, AXIS))
+    return total, jax.tree.map(lambda x: x[None], outputs)
 
   def mapped(shared: PyTree, rows: PyTree, ok: Array) -> tuple[PyTree, PyTree]:
     count = ok.shape[0]
@@ -170,10 +171,8 @@ def client_map(fn: ClientFunction, how: str = "auto", mesh: Mesh | None = None) 
     run = local
     if mesh:
       split, whole = PartitionSpec(AXIS), PartitionSpec()
-      run = jax.shard_map(local, mesh=mesh, in_specs=(whole, split, split), out_specs=(split, split), check_vma=False)
-    sums, outputs = run(shared, rows, ok)  # [devices, lanes, ...], [devices, each, ...]
-    in_order = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(all_lanes, *x.shape[2:]), sums)
-    total = jax.tree.map(lambda x: reduce(jnp.add, [x[lane] for lane in range(all_lanes)]), in_order)
+      run = jax.shard_map(local, mesh=mesh, in_specs=(whole, split, split), out_specs=(whole, split), check_vma=False)
+    total, outputs = run(shared, rows, ok)  # [...], [devices, each, ...]
     return total, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:count], outputs)
 
   return mapped
@@ -181,3 +180,17 @@ def client_map(fn: ClientFunction, how: str = "auto", mesh: Mesh | None = None) 
 
 def _pad(x: Array, count: int) -> Array:
   return jnp.pad(x, [(0, count - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def _folded(x: Array) -> Array:
+  """The sum over the first axis, halves added until one is left.
+
+  Device d of D holds the lanes d, d + D, d + 2 D and so on, so the halves of all lanes are halves of a device's until
+  it has one left: the same additions for any D that divides the lanes, and little to send.
+  """
+  parts = list(x)
+  while len(parts) > 1:
+    half = len(parts) // 2
+    rest = parts[2 * half :]
+    parts = [a + b for a, b in zip(parts[:half], parts[half : 2 * half], strict=True)] + rest
+  return parts[0]

@@ -371,5 +371,7 @@ def _own(download: Download, id: int) -> Download:
 
 
 def _finite(tree: PyTree) -> Array:
-  leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-  return jnp.all(jnp.stack(leaves)) if leaves else jnp.bool_(True)
+  """Whether all numbers are finite: 0 * x is NaN where x is not. Sums run along rows first, which is fast."""
+  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  zeros = [jnp.sum(jnp.sum(0 * x, axis=0)) if x.ndim else 0 * x for x in leaves]
+  return jnp.isfinite(sum(x.astype(jnp.float32) for x in zeros)) if zeros else jnp.bool_(True)
