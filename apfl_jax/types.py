@@ -315,8 +315,9 @@ class State(NamedTuple):
   Attributes:
     round: int32 [], rounds done.
     server: pytree, the method's.
-    clients: pytree [N, ...] in row order, the method's; rows of clients never visited mean nothing.
-    times: int32 [N], rounds each client took part in.
+    clients: pytree [N, ...] in row order, the method's; rows of clients never visited mean nothing. Where rows move,
+      those of a chunk's clients, as in its federation.
+    times: int32 [N], or as `clients`, rounds each client took part in.
     population: pytree, the process's.
     history: pytree [H, ...], a ring of the last H versions of `Download.shared`; version v is in slot v % H.
   """

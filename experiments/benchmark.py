@@ -100,7 +100,7 @@ class Rounds:
     if self._chunks is None:
       places = {name: getattr(self.config, name) for name in ("data_on", "client_state")}
       places = {name: "device" if place == "auto" else place for name, place in places.items()}
-      directory = Path(tempfile.mkdtemp()) if "disk" in places.values() else None
+      directory = Path(tempfile.gettempdir()) if "disk" in places.values() else None
       staging = simulation.Staging(self.simulator, self.inputs, directory=directory, **places)
       shapes = self.simulator.shaped((*staging.shapes(), np.int32(0)))
       compiled = self.simulator.advance.lower(*shapes).compile()

@@ -201,10 +201,12 @@ def main(run: Any) -> None:
       print("stopped; the same command goes on from its last checkpoint", file=sys.stderr, flush=True)
       sys.exit(130)
 
-  flags.DEFINE_integer("devices", 0, "devices of this host to use, a CPU core being one; 0 for all", lower_bound=0)
-  flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, where several processes share a run")
-  flags.DEFINE_integer("num_processes", 0, "processes that share a run; 0 where the cluster tells", lower_bound=0)
-  flags.DEFINE_integer("process_id", -1, "this process's number; -1 where the cluster tells", lower_bound=-1)
+  flags.DEFINE_integer("devices", 0, "CPU cores to use, each a device; 0 for all", lower_bound=0)
+  flags.DEFINE_string(
+    "coordinator_address", "", "HOST:PORT of process 0, where several processes share a run; auto: found by JAX"
+  )
+  flags.DEFINE_integer("num_processes", 0, "processes that share a run", lower_bound=0)
+  flags.DEFINE_integer("process_id", -1, "this process's number, from 0", lower_bound=-1)
   logging.set_verbosity(logging.ERROR)  # libraries tell below that what no user asked: devices not found, folders
   app.run(guarded, flags_parser=parse)
 
@@ -214,27 +216,29 @@ def _start() -> None:
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
   address, processes, number = flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id
-  if bool(address) != bool(processes) or bool(address) != (number >= 0):
+  told = address not in ("", "auto")
+  if told != bool(processes) or told != (number >= 0):
     raise InputError(
-      "coordinator_address: got only some of --coordinator_address, --num_processes and --process_id,"
-      " accepted are all three or none"
+      "coordinator_address: got only some of --coordinator_address=HOST:PORT, --num_processes and --process_id,"
+      " accepted are all three, none, or --coordinator_address=auto"
     )
-  if address and not number < processes:
+  if told and not address.rpartition(":")[2].isdigit():
+    raise InputError(f"coordinator_address: got {address!r}, accepted are HOST:PORT and auto")
+  if told and not number < processes:
     raise InputError(f"process_id: got {number}, accepted are 0 to num_processes - 1 = {processes - 1}")
   wanted = flags.FLAGS.devices
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", wanted or cores)
-  if address:
-    jax.distributed.initialize(address, processes, number)
-  elif _in_cluster():
-    jax.distributed.initialize()
-
-
-def _in_cluster() -> bool:
-  """Whether Slurm or a TPU pod started this process as one of several."""
-  tasks = os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"
-  return int(tasks) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+  # One of several tasks of a Slurm step, or of several hosts of a TPU pod; JAX finds the others.
+  several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+  try:
+    if told:
+      jax.distributed.initialize(address, processes, number)
+    elif several or address == "auto":
+      jax.distributed.initialize()
+  except (RuntimeError, ValueError) as error:
+    raise InputError(f"coordinator_address: {str(error).splitlines()[0]}; accepted is where process 0 runs") from error
 
 
 def _one_line(error: flags.Error) -> str:

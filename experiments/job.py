@@ -162,8 +162,6 @@ def run(config: Config) -> dict[str, Any]:
     job = prepare(config)
     # Of several processes all compute, and what is asked of the devices is asked by all; the first one writes.
     writes = jax.process_index() == 0
-    if writes:
-      _claim(workdir, config, write=True)
     result = simulation.run(
       job.simulator,
       job.inputs,
@@ -177,6 +175,7 @@ def run(config: Config) -> dict[str, Any]:
       data_on=_place(config.data_on, "disk"),
       client_state=_place(config.client_state, "host"),
       memory_limit=int(config.memory_limit * 2**30),
+      on_start=partial(_claim, workdir, config, write=writes),
       on_record=partial(_write_record, workdir) if writes else lambda record: None,
       progress=config.progress,
     )
@@ -367,6 +366,7 @@ def _summary(
     unseen = metrics.unseen(
       confusion, result.pooled_confusion(~arrays["seen"]) if len(lost) else confusion, lost.tolist()
     )
+  devices = job.simulator.mesh.size if job.simulator.mesh else 1
   prices = simulation.prices(job.build, job.inputs, result.state.server)
   spent = [watch.read(), *result.record.timings[: result.restored]]
   return {
@@ -394,7 +394,7 @@ def _summary(
     "compile_seconds": round(sum(row["compile_seconds"] for row in spent), 3),
     "peak_memory_bytes": simulation.peak_memory_bytes(),
     "planned_memory_bytes": result.plan.host if result.plan.shared else result.plan.device,
-    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
+    "device": f"{devices} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
     "versions": versions(),
     "commit": _commit(),
     "finished": True,

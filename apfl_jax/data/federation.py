@@ -52,7 +52,7 @@ def build(
   index, sizes = _split(partition, dataset.labels, fractions, rng)
   starts = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
   store = Store(
-    _array(np.concatenate([dataset.images, dataset.test_images]), np.uint8),
+    _joined(dataset.images, dataset.test_images),
     _array(np.concatenate([dataset.labels, dataset.test_labels]), np.int32),
     _array(np.concatenate([index, pooled]), np.int32),
   )
@@ -75,6 +75,14 @@ def histogram(federation: Federation, num_classes: int, part: str = "train") -> 
   label = np.asarray(federation.store.labels)[np.asarray(federation.store.index)[place]]
   cell = np.repeat(np.arange(len(size)) * num_classes, size) + label
   return np.bincount(cell, minlength=len(size) * num_classes).reshape(-1, num_classes).astype(np.int32)
+
+
+def _joined(first: np.ndarray, second: np.ndarray) -> Any:
+  """Both in one array; without a copy, and memory-mapped if they are, where they already lie one after the other."""
+  whole = first.base
+  if isinstance(whole, np.memmap) and whole is second.base and len(whole) == len(first) + len(second):
+    return whole
+  return _array(np.concatenate([first, second]), np.uint8)
 
 
 def _array(values: Any, dtype: type) -> Any:

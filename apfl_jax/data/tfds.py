@@ -43,6 +43,7 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
   if arrays is None:
     arrays = [array for split in splits for array in _decode(builder, full_name, split, shape)]
     _write(folder, arrays)
+    arrays = _read(folder, shape, sizes) or arrays  # mapped, where they could be kept
   for labels in arrays[1::2]:
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
       raise InputError(f"dataset {full_name}: holds labels outside 0..{len(class_names) - 1}; all need a class")
@@ -148,18 +149,23 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-  return [folder / f"{name}.npy" for name in ("images", "labels", "test_images", "test_labels")]
+  return [folder / f"{name}.npy" for name in ("images", "labels")]
 
 
 def _read(folder: Path, shape: tuple[int, int, int], sizes: list[int]) -> list[np.ndarray] | None:
-  """The cached arrays, memory-mapped, or None if they are not all there and whole."""
-  expected = [form for size in sizes for form in (((size, *shape), np.uint8), ((size,), np.int32))]
+  """The cached arrays, memory-mapped, or None if they are not all there and whole.
+
+  Training and test images lie one after the other in one file, of which both are views: a federation needs no copy.
+  """
   try:
-    arrays = [np.load(path, mmap_mode="r") for path in _files(folder)]
+    images, labels = (np.load(path, mmap_mode="r") for path in _files(folder))
   except (OSError, ValueError, EOFError):
     return None
-  whole = all((array.shape, array.dtype) == form for array, form in zip(arrays, expected, strict=True))
-  return arrays if whole else None
+  expected = (((sum(sizes), *shape), np.uint8), ((sum(sizes),), np.int32))
+  if ((images.shape, images.dtype), (labels.shape, labels.dtype)) != expected:
+    return None
+  first = sizes[0]
+  return [images[:first], labels[:first], images[first:], labels[first:]]
 
 
 def _write(folder: Path, arrays: list[np.ndarray]) -> None:
@@ -168,8 +174,8 @@ def _write(folder: Path, arrays: list[np.ndarray]) -> None:
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
-    for path, array in zip(_files(part), arrays, strict=True):
-      np.save(path, array)
+    for path, pair in zip(_files(part), (arrays[0::2], arrays[1::2]), strict=True):
+      np.save(path, np.concatenate(pair))
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
   except OSError as error:

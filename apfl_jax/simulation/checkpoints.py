@@ -75,7 +75,7 @@ class Checkpoints:
         return State(**state, clients=(), times=()), Snapshot(**snapshot), record  # type: ignore[arg-type]
     if steps:
       raise InputError(
-        f"workdir: none of the checkpoints in {self._manager.directory} can be read by this version;"
+        f"workdir: none of the checkpoints in {self._manager.directory} can be read (see above);"
         " accepted is another folder, or this one without its checkpoints to start anew"
       )
     return None
@@ -87,8 +87,13 @@ class Checkpoints:
 
 def _tree(state: State, snapshot: Snapshot) -> dict[str, Any]:
   """What is written: the state without its clients, and the rows of those that exist."""
-  own = state._asdict()
-  return {"state": {k: v for k, v in own.items() if k not in ("clients", "times")}, "snapshot": snapshot._asdict()}
+  # As NumPy arrays, which are of no device: a run may go on with another number of them.
+  own = {name: part for name, part in state._asdict().items() if name not in ("clients", "times")}
+  return {"state": jax.tree.map(_plain, own), "snapshot": snapshot._asdict()}
+
+
+def _plain(x: Any) -> np.ndarray:
+  return np.empty(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else np.asarray(x)
 
 
 def _snapshot_like(clients: PyTree, count: int) -> Snapshot:

@@ -14,6 +14,9 @@ from apfl_jax.simulation.staging import Staging
 _COMPILER = 300 * 2**20
 
 
+_BUILDING = 100  # bytes for an entry of the index, while who holds what is sorted out
+
+
 class Need(NamedTuple):
   """A line of the plan.
 
@@ -37,11 +40,13 @@ class Plan(NamedTuple):
     needs: the lines.
     devices: how many devices of this host hold the device lines.
     shared: whether device memory is host memory, as on a CPU.
+    before: bytes that building the federation took of the host, gone before the first round.
   """
 
   needs: tuple[Need, ...]
   devices: int
   shared: bool
+  before: int = 0
 
   @property
   def device(self) -> int:
@@ -52,7 +57,7 @@ class Plan(NamedTuple):
   def host(self) -> int:
     """Bytes in the memory of this host: on a CPU with the devices' share."""
     own = sum(need.bytes for need in self.needs if need.where == "host")
-    return own + (self.device * self.devices if self.shared else 0)
+    return max(own + (self.device * self.devices if self.shared else 0), self.before)
 
   def __str__(self) -> str:
     """One line."""
@@ -66,17 +71,19 @@ class Plan(NamedTuple):
     )
 
 
-def plan(staging: Staging, compiled: Any, rounds: int) -> Plan:
+def plan(staging: Staging, compiled: Any, rounds: int, keeping: bool = False) -> Plan:
   """Adds up what the run's arrays and XLA's own analysis of the compiled chunk of rounds say.
 
-    device = examples and index + ids and spans + client rows + server and history + seed and settings
+    device = examples + index, ids and spans + client rows + server and history, seed and settings
              + temporaries and results of the chunk (XLA) + the next chunk's rows, if rows move
-    host   = examples and index + tables of client rows + rows being moved + compiler and programs
+    host   = examples and index + tables of client rows + a checkpoint's copy of them + rows being moved
+             + compiler and programs; or what building the federation took before the first round, if that is more
 
   Args:
     staging: of the run.
     compiled: `simulator.advance` compiled for `staging.shapes()`.
     rounds: T, which bounds how many client rows come to exist.
+    keeping: whether the run writes checkpoints.
   """
   state: Any
   inputs: Any
@@ -88,9 +95,10 @@ def plan(staging: Staging, compiled: Any, rounds: int) -> Plan:
     moved += _bytes(federation.store)
   visited = min(len(staging.times), rounds * staging.cohort_size)
   everyone = staging.resident
+  row = _bytes(state.clients) // max(1, staging.size)
   device = (
-    ("examples", _bytes(federation.store), staging.resident or staging.data_on == "device"),
-    ("ids and spans", _bytes(federation._replace(store=())), everyone),
+    ("examples", _bytes((federation.store.images, federation.store.labels)), staging.data_on != "device" and everyone),
+    ("index, ids and spans", _bytes((federation.store.index, federation._replace(store=()))), everyone),
     ("client rows", _bytes((state.clients, state.times)), everyone),
     (
       "server and history",
@@ -106,14 +114,15 @@ def plan(staging: Staging, compiled: Any, rounds: int) -> Plan:
   )
   host = (
     ("examples", staging.host_bytes(), True),
-    ("client rows", staging.table_bytes(visited), True),
+    ("client rows", staging.table_bytes(visited), visited == len(staging.times)),
+    ("a checkpoint's client rows", visited * row if keeping else 0, visited == len(staging.times)),
     ("rows being moved", 2 * moved, False),
     ("compiler and programs", _COMPILER, False),
   )
   devices = jax.local_devices()
   needs = [Need("device", *line) for line in device] + [Need("host", *line) for line in host]
   local = len(staging.mesh.local_devices) if staging.mesh else 1
-  return Plan(tuple(needs), local, devices[0].platform == "cpu")
+  return Plan(tuple(needs), local, devices[0].platform == "cpu", _BUILDING * staging.entries)
 
 
 def check(plan: Plan, num_clients: int, limit: int = 0) -> None:
@@ -145,8 +154,10 @@ def check(plan: Plan, num_clients: int, limit: int = 0) -> None:
     fit = int(num_clients * (room - fixed) / growing) if growing and room > fixed else 0
     most = max(counted, key=lambda item: item[0])[1]
     advice = f"--num_clients={fit} would fit" if fit else "no number of clients would fit"
-    move = "" if "rows" not in most.what else "; --client_state=disk keeps client rows out of memory"
-    move = move or ("; --data_on=disk keeps examples out of memory" if most.what == "examples" else "")
+    move = {
+      "client rows": "; --client_state=disk and a smaller --cohort_size keep client rows out of memory",
+      "examples": "; --data_on=disk and a smaller --cohort_size keep examples out of memory",
+    }.get(most.what, "")
     raise InputError(
       f"memory: the run needs {human(total)} on the {where}, most of it for {most.what}, and there are {human(room)};"
       f" {advice}{move}"

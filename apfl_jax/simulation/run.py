@@ -82,6 +82,7 @@ def run(
   data_on: str = "device",
   client_state: str = "device",
   memory_limit: int = 0,
+  on_start: Callable[[], object] = lambda: None,
   on_record: Callable[[Record], None] = lambda record: None,
   progress: bool = True,
 ) -> Result:
@@ -100,27 +101,27 @@ def run(
     data_on: where examples live, see `Staging`.
     client_state: where the methods' client rows live.
     memory_limit: bytes that the host and each device may take; 0 for what there is.
+    on_start: called once the memory plan is accepted and before anything is written.
     on_record: called with the record whenever it has grown, and once at the start of a resumed run.
     progress: whether to show a bar.
 
   Raises:
     InputError: the memory plan says that there is no room, or checkpoints are there that cannot be read.
   """
-  staging = Staging(
-    simulator, inputs, data_on=data_on, client_state=client_state, directory=directory and directory / "rows"
-  )
+  staging = Staging(simulator, inputs, data_on=data_on, client_state=client_state, directory=directory)
   chatty = progress and jax.process_index() == 0
   with Stopwatch() as first:
     advance = simulator.advance.lower(*map(simulator.shaped, (*staging.shapes(), np.int32(0)))).compile()
-  plan = memory.plan(staging, advance, rounds)
+  keeping = directory is not None and checkpoint_every > 0
+  plan = memory.plan(staging, advance, rounds, keeping)
   memory.check(plan, simulator.population_size, memory_limit)
+  on_start()
   if chatty:
     tqdm.write(str(plan), file=sys.stderr)
   population = inputs.federation.id.shape[0]
   rows = _spread(population, eval_clients)
   presence_ids = np.sort(np.asarray(inputs.federation.id)[_spread(population, 256)])
   record = Record([], [], [], [], [])
-  keeping = directory is not None and checkpoint_every
   checkpoints = Checkpoints(directory / "checkpoints") if directory is not None and keeping else None
   found = checkpoints.restore(staging.shapes()[0]) if checkpoints else None
   if found:
@@ -196,7 +197,6 @@ def run(
   on_record(record)
   assert own is not None
   confusion = partial(pooled_confusion, state) if simulator.has_global_model else None
-  staging.close()
   state = state._replace(times=jnp.asarray(staging.times))
   return Result(state, record, rows, presence_ids, restored, dropped, shared, own, plan, confusion)
 

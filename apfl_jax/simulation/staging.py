@@ -6,7 +6,8 @@ Of several hosts, each holds the rows of every P-th client and adds them to what
 """
 
 import mmap
-import shutil
+import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -82,7 +83,7 @@ class Staging:
       inputs: with the whole federation; NumPy arrays, of which `disk` expects memory-mapped images.
       data_on: where examples live: 'device', 'host' or 'disk'.
       client_state: where the methods' client rows live.
-      directory: where files of client rows are made; only `disk` needs it.
+      directory: the folder of the nameless files of client rows; only `disk` needs it.
 
     Raises:
       InputError: an unknown place, or `disk` without a directory.
@@ -94,6 +95,11 @@ class Staging:
       raise InputError("client_state: got 'disk' without a run directory to keep the files in")
     self._simulator = simulator
     whole = jax.tree.map(np.asarray, inputs)
+    if data_on == "host":
+      store = whole.federation.store
+      if isinstance(_owner(store.images), mmap.mmap):
+        store = store._replace(images=np.array(store.images))
+        whole = whole._replace(federation=whole.federation._replace(store=store))
     self._federation: Federation = whole.federation
     self._pooled: Span = whole.pooled
     self.data_on, self.cohort_size, self.mesh = data_on, simulator.cohort_size, simulator.mesh
@@ -105,6 +111,7 @@ class Staging:
     # Rows by id, for a schedule tells ids.
     self._row_of = np.zeros(simulator.population_size, np.int64)
     self._row_of[self._federation.id] = np.arange(population)
+    self.entries = len(self._federation.store.index)
     self._mine = np.arange(population) % jax.process_count() == jax.process_index()
 
     plain = whole._replace(federation=(), pooled=())
@@ -116,6 +123,7 @@ class Staging:
     self._current = np.zeros(0, np.int64)
     self._leaving: _Rows | None = None  # off the devices soon, and not in the tables yet
     self._flushed: Any = None
+    self._capacities: dict[int, int] = {}
 
   # --- what a run asks for --------------------------------------------------------------------------------------------
 
@@ -127,7 +135,7 @@ class Staging:
     if not self.resident:
       # A file or a page that is never written takes no room: rows do not exist before their client's first visit.
       leaves, form = jax.tree.flatten(self.shapes()[0].clients)
-      tables = [_table(len(self.times), self._directory, number, leaf) for number, leaf in enumerate(leaves)]
+      tables = [_Table(len(self.times), leaf, self._directory) for leaf in leaves]
       self._clients = jax.tree.unflatten(form, tables)
     inputs = self._inputs(first, self.size, pooled=self.resident)
     state = self._simulator.init(inputs)
@@ -206,18 +214,13 @@ class Staging:
     if self.resident:
       clients = jax.tree.map(lambda x: np.asarray(x)[rows], state.clients)
     else:
-      clients = jax.tree.map(lambda x: x[rows], self._clients)
+      clients = jax.tree.map(lambda table: table.read(rows, len(rows)), self._clients)
       if jax.process_count() > 1:
         mine = self._mine[rows]
         clients = jax.tree.map(lambda x: np.where(_column(mine, x), x, np.zeros_like(x)), clients)
         gathered = multihost_utils.process_allgather(clients)
         clients = jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), gathered)
     return Snapshot(rows, self.times[rows], clients)
-
-  def close(self) -> None:
-    """Deletes the files of client rows; a checkpoint holds what is needed of them."""
-    if self._directory:
-      shutil.rmtree(self._directory, ignore_errors=True)
 
   def shapes(self) -> tuple[State, Inputs]:
     """Shapes of what the compiled chunk gets; nothing is computed or moved."""
@@ -247,18 +250,12 @@ class Staging:
 
   def _gather(self, rows: np.ndarray, size: int, *, pooled: bool) -> _Incoming:
     """Rows out of the tables, and the inputs that go with them."""
-
-    def taken(table: np.ndarray) -> np.ndarray:
-      out = np.zeros((size, *table.shape[1:]), table.dtype)
-      np.take(table, rows, axis=0, out=out[: len(rows)], mode="clip")  # which needs no buffer
-      return out
-
-    clients = jax.tree.map(taken, self._clients)
-    self._release()
+    clients = jax.tree.map(lambda table: table.read(rows, size), self._clients)
+    times = np.pad(self.times[rows], (0, size - len(rows)))
     if jax.process_count() > 1:
       mine = np.pad(self._mine[rows], (0, size - len(rows)))
       clients = jax.tree.map(lambda x: np.where(_column(mine, x), x, np.zeros_like(x)), clients)
-    held = _Rows(rows, self._simulator.place(taken(self.times)), self._sum_over_hosts(clients))
+    held = _Rows(rows, self._simulator.place(times), self._sum_over_hosts(clients))
     return _Incoming(held, self._inputs(rows, size, pooled=pooled))
 
   def _settle(self) -> None:
@@ -281,15 +278,7 @@ class Staging:
       if jax.process_count() > 1:
         mine = self._mine[some]
         some, block = some[mine], jax.tree.map(lambda x, mine=mine: x[mine], block)
-      jax.tree.map(lambda table, x, some=some: table.__setitem__(some, x), self._clients, block)
-      self._release()
-
-  def _release(self) -> None:
-    """Lets go of the pages of the files that were touched; what was written stays with the system."""
-    for table in jax.tree.leaves(self._clients) if self._directory else ():
-      pages = getattr(table, "_mmap", None)
-      if pages is not None and hasattr(mmap, "MADV_DONTNEED"):
-        pages.madvise(mmap.MADV_DONTNEED)
+      jax.tree.map(lambda table, x, some=some: table.write(some, x), self._clients, block)
 
   def _inputs(self, rows: np.ndarray, size: int, *, pooled: bool) -> Inputs:
     """The inputs with a federation of these rows alone, padded to `size` rows of nobody."""
@@ -330,6 +319,11 @@ class Staging:
 
   def _capacity(self, size: int) -> int:
     """Index entries that any `size` clients need at most; rounded up, so that another seed has the same."""
+    if size not in self._capacities:
+      self._capacities[size] = self._largest(size)
+    return self._capacities[size]
+
+  def _largest(self, size: int) -> int:
     each = sum(getattr(self._federation, part).size.astype(np.int64) for part in _PARTS)
     most = int(np.sort(each)[::-1][:size].sum())
     step = 1 << max(0, most.bit_length() - 4)
@@ -384,14 +378,45 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _table(population: int, directory: Path | None, number: int, shape: jax.ShapeDtypeStruct) -> np.ndarray:
-  """Zeros [N, ...] for one leaf of the clients' state: in memory, or in a file of this host."""
-  form = (population, *shape.shape[1:])
-  if directory is None:
-    return np.zeros(form, shape.dtype)
-  directory.mkdir(parents=True, exist_ok=True)
-  path = directory / f"clients-{number}-of-host-{jax.process_index()}.npy"
-  path.unlink(missing_ok=True)
-  if not np.prod(form):
-    return np.zeros(form, shape.dtype)
-  return np.lib.format.open_memmap(path, mode="w+", dtype=shape.dtype, shape=form)
+class _Table:
+  """Rows of one leaf of the clients' state, zeros until they are written: in memory, or in a file of this host.
+
+  The file has no name, so that it goes with the process, however that ends. It is read and written row by row, not
+  mapped: mapped pages would count as memory and are slow to come by.
+  """
+
+  def __init__(self, population: int, like: jax.ShapeDtypeStruct, directory: Path | None):
+    """Args: N, the leaf [*, ...], and the folder of the file, if any."""
+    shape, self._dtype = (population, *like.shape[1:]), np.dtype(like.dtype)
+    self._row = shape[1:]
+    self._bytes = int(np.prod(self._row)) * self._dtype.itemsize
+    self._memory = self._file = None
+    if directory is not None:
+      directory.mkdir(parents=True, exist_ok=True)
+      self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  # open as long as the table
+      self._file.truncate(population * self._bytes)
+    else:
+      pages = mmap.mmap(-1, max(1, population * self._bytes))
+      if hasattr(mmap, "MADV_NOHUGEPAGE"):  # or a row's first write would take 2 MiB
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+      self._memory = np.frombuffer(pages, self._dtype, int(np.prod(shape))).reshape(shape)
+
+  def read(self, rows: np.ndarray, size: int) -> np.ndarray:
+    """[size, ...]: these rows, then zeros."""
+    out = np.zeros((size, *self._row), self._dtype)
+    if self._memory is not None:
+      np.take(self._memory, rows, axis=0, out=out[: len(rows)], mode="clip")  # which needs no buffer
+    elif self._file is not None and self._bytes:
+      into = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+      for place, row in enumerate(rows.tolist()):
+        os.preadv(self._file.fileno(), [into[place * self._bytes : (place + 1) * self._bytes]], row * self._bytes)
+    return out
+
+  def write(self, rows: np.ndarray, values: np.ndarray) -> None:
+    """Rows [n] become values [n, ...]."""
+    if self._memory is not None:
+      self._memory[rows] = values
+    elif self._file is not None and self._bytes:
+      data = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+      for place, row in enumerate(rows.tolist()):
+        os.pwrite(self._file.fileno(), data[place * self._bytes : (place + 1) * self._bytes], row * self._bytes)

@@ -94,6 +94,10 @@ def test_decodes_and_reads_the_cache_the_second_time(prepared, monkeypatch):
   again = data.load("tiny", str(folder))
   _assert_is(again, arrays)
   assert isinstance(again.images, np.memmap)
+  rng = np.random.default_rng(0)
+  federation, _ = data.build(again, data.partition.iid(again.labels, 4, rng=rng), rng=rng)
+  assert isinstance(federation.store.images, np.memmap)  # both splits, and no copy
+  np.testing.assert_array_equal(federation.store.images, np.concatenate([arrays[0], arrays[2]]))
 
 
 @pytest.mark.parametrize("harm", ["truncate", "remove", "other shape", "not an array"])
@@ -110,7 +114,7 @@ def test_a_bad_cache_is_rebuilt(prepared, tmp_path, harm):
   else:
     path.write_bytes(b"nothing")
   _assert_is(data.load("tiny", folder), arrays)
-  assert np.load(path).shape == (1030, 5, 4, 3)
+  assert np.load(path).shape == (len(arrays[0]) + len(arrays[2]), 5, 4, 3)
   assert len(list((tmp_path / "cache").iterdir())) == 1  # nothing half-written is left
 
 
