@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """With `-n`, tests that share what they compile stay together: those of a method, else those of a module."""
   for item in items:
     method = getattr(item, "callspec", None) and item.callspec.params.get("name")  # type: ignore[attr-defined]
-    common = item.path.name == "common_test.py"
+    common = item.path.name in ("common_test.py", "vmap_test.py")
     item.add_marker(pytest.mark.xdist_group(f"method {method}" if common else item.path.name))
 
 

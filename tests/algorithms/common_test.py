@@ -199,15 +199,6 @@ def test_a_population_of_one(name):
   assert metrics.accuracy(scores.own)[0] > 0.9
 
 
-def test_vmap_is_sequential_to_rounding(name):
-  inputs = tasks.with_settings(tasks.inputs(name), drop_rates=[0.5, 0.0])  # with rows to mask
-  start = tasks.simulator(name).init
-  one, _ = tasks.simulator(name).advance(start(inputs), inputs, jnp.int32(1))
-  other, _ = tasks.simulator(name, how="vmap").advance(start(inputs), inputs, jnp.int32(1))
-  assert int(one.times.sum()) == 3
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), other, one)
-
-
 def test_its_work_can_be_priced(name):
   inputs = tasks.inputs(name)
   server = jax.eval_shape(tasks.simulator(name).init, inputs).server
