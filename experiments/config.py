@@ -134,6 +134,15 @@ class Config:
     return {line for line in self.lines() if not line.startswith(tuple(f"--{name}=" for name in _NOT_OF_A_RUN))}
 
 
+# How a process runs, not what: no part of a run's settings.
+flags.DEFINE_integer("devices", 0, "CPU cores to use, each a device; 0 for all", lower_bound=0)
+flags.DEFINE_string(
+  "coordinator_address", "", "HOST:PORT of process 0, where several processes share a run; auto: found by JAX"
+)
+flags.DEFINE_integer("num_processes", 0, "processes that share a run", lower_bound=0)
+flags.DEFINE_integer("process_id", -1, "this process's number, from 0", lower_bound=-1)
+
+
 def fields() -> list[dataclasses.Field]:
   """The fields that are flags of their own."""
   return [field for field in dataclasses.fields(Config) if field.name != "settings"]
@@ -201,12 +210,8 @@ def main(run: Any) -> None:
       print("stopped; the same command goes on from its last checkpoint", file=sys.stderr, flush=True)
       sys.exit(130)
 
-  flags.DEFINE_integer("devices", 0, "CPU cores to use, each a device; 0 for all", lower_bound=0)
-  flags.DEFINE_string(
-    "coordinator_address", "", "HOST:PORT of process 0, where several processes share a run; auto: found by JAX"
-  )
-  flags.DEFINE_integer("num_processes", 0, "processes that share a run", lower_bound=0)
-  flags.DEFINE_integer("process_id", -1, "this process's number, from 0", lower_bound=-1)
+  for name in ("devices", "coordinator_address", "num_processes", "process_id"):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # --help shows them
   logging.set_verbosity(logging.ERROR)  # libraries tell below that what no user asked: devices not found, folders
   app.run(guarded, flags_parser=parse)
 
@@ -238,7 +243,10 @@ def _start() -> None:
     elif several or address == "auto":
       jax.distributed.initialize()
   except (RuntimeError, ValueError) as error:
-    raise InputError(f"coordinator_address: {str(error).splitlines()[0]}; accepted is where process 0 runs") from error
+    raise InputError(
+      f"coordinator_address: got {address or 'none'!r}, with which the processes did not find each other"
+      f" ({str(error).splitlines()[0].rstrip('.')}); accepted is HOST:PORT of process 0"
+    ) from error
 
 
 def _one_line(error: flags.Error) -> str:

@@ -3,9 +3,9 @@
 from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.client_map import client_map, default_mesh, executed_steps, resolve, spread
 from apfl_jax.simulation.cost import Cost, Prices, cost, prices
-from apfl_jax.simulation.memory import Plan, check, plan
+from apfl_jax.simulation.memory import Plan, check, peak_resident_bytes, plan
 from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Scores, Simulator, simulator
-from apfl_jax.simulation.run import Record, Result, Stopwatch, peak_memory_bytes, peak_resident_bytes, run
+from apfl_jax.simulation.run import Record, Result, Stopwatch, peak_memory_bytes, run
 from apfl_jax.simulation.staging import PLACES, Snapshot, Staging
 
 __all__ = [

@@ -1,6 +1,7 @@
 """What a run will need of memory, told before it begins, and refused if it is not there."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +10,6 @@ import numpy as np
 
 from apfl_jax.errors import InputError
 from apfl_jax.simulation.staging import Staging
-
-# The compiler and the programs of a run, beyond what Python holds after imports. Measured on a CPU with small models.
-_COMPILER = 300 * 2**20
-
-
-_BUILDING = 100  # bytes for an entry of the index, while who holds what is sorted out
 
 
 class Need(NamedTuple):
@@ -40,7 +35,7 @@ class Plan(NamedTuple):
     needs: the lines.
     devices: how many devices of this host hold the device lines.
     shared: whether device memory is host memory, as on a CPU.
-    before: bytes that building the federation took of the host, gone before the first round.
+    before: bytes that this process took at its fullest so far, as when the federation was built.
   """
 
   needs: tuple[Need, ...]
@@ -71,24 +66,31 @@ class Plan(NamedTuple):
     )
 
 
-def plan(staging: Staging, compiled: Any, rounds: int, keeping: bool = False) -> Plan:
-  """Adds up what the run's arrays and XLA's own analysis of the compiled chunk of rounds say.
+def plan(staging: Staging, rounds: int, keeping: bool = False) -> tuple[Plan, Any]:
+  """Compiles the chunk of rounds and adds up what XLA's analysis of it, this process and the run's arrays say.
 
     device = examples + index, ids and spans + client rows + server and history, seed and settings
              + temporaries and results of the chunk (XLA) + the next chunk's rows, if rows move
-    host   = examples and index + tables of client rows + a checkpoint's copy of them + rows being moved
-             + compiler and programs; or what building the federation took before the first round, if that is more
+    host   = what this process holds by now (Python, the federation, compiled programs) + as much as compiling took,
+             for the programs of scoring + tables of client rows + a checkpoint's copy of them + rows being moved;
+             or its peak so far (building a federation takes more than keeping it), if that is more
 
   Args:
     staging: of the run.
-    compiled: `simulator.advance` compiled for `staging.shapes()`.
     rounds: T, which bounds how many client rows come to exist.
     keeping: whether the run writes checkpoints.
+
+  Returns:
+    (the plan, `simulator.advance` compiled for `staging.shapes()`)
   """
   state: Any
   inputs: Any
   state, inputs = staging.shapes()
   federation: Any = inputs.federation
+  before = _resident()
+  simulator = staging.simulator
+  compiled = simulator.advance.lower(*map(simulator.shaped, (state, inputs, np.int32(0)))).compile()
+  held = _resident()
   analysis = compiled.memory_analysis()
   moved = 0 if staging.resident else _bytes((state.clients, state.times, federation._replace(store=())))
   if not staging.resident and staging.data_on != "device":
@@ -113,16 +115,16 @@ def plan(staging: Staging, compiled: Any, rounds: int, keeping: bool = False) ->
     ("the next chunk's rows", moved, False),
   )
   host = (
-    ("examples", staging.host_bytes(), True),
+    ("Python, federation and programs", held, False),
+    ("programs of scoring", held - before, False),
     ("client rows", staging.table_bytes(visited), visited == len(staging.times)),
     ("a checkpoint's client rows", visited * row if keeping else 0, visited == len(staging.times)),
     ("rows being moved", 2 * moved, False),
-    ("compiler and programs", _COMPILER, False),
   )
   devices = jax.local_devices()
   needs = [Need("device", *line) for line in device] + [Need("host", *line) for line in host]
   local = len(staging.mesh.local_devices) if staging.mesh else 1
-  return Plan(tuple(needs), local, devices[0].platform == "cpu", _BUILDING * staging.entries)
+  return Plan(tuple(needs), local, devices[0].platform == "cpu", peak_resident_bytes()), compiled
 
 
 def check(plan: Plan, num_clients: int, limit: int = 0) -> None:
@@ -156,6 +158,7 @@ def check(plan: Plan, num_clients: int, limit: int = 0) -> None:
     advice = f"--num_clients={fit} would fit" if fit else "no number of clients would fit"
     move = {
       "client rows": "; --client_state=disk and a smaller --cohort_size keep client rows out of memory",
+      "a checkpoint's client rows": "; --checkpoint_every=0 needs none",
       "examples": "; --data_on=disk and a smaller --cohort_size keep examples out of memory",
     }.get(most.what, "")
     raise InputError(
@@ -171,6 +174,22 @@ def human(count: float) -> str:
 
 def _bytes(tree: Any) -> int:
   return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x.dtype, "itemsize"))
+
+
+def peak_resident_bytes() -> int:
+  """Peak resident memory of this process; asks no device."""
+  import resource
+
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _resident() -> int:
+  """Resident memory of this process now, or its peak where the system does not tell."""
+  try:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+  except (OSError, ValueError):
+    return peak_resident_bytes()
 
 
 def _host_room() -> int:

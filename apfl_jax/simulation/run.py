@@ -110,10 +110,9 @@ def run(
   """
   staging = Staging(simulator, inputs, data_on=data_on, client_state=client_state, directory=directory)
   chatty = progress and jax.process_index() == 0
-  with Stopwatch() as first:
-    advance = simulator.advance.lower(*map(simulator.shaped, (*staging.shapes(), np.int32(0)))).compile()
   keeping = directory is not None and checkpoint_every > 0
-  plan = memory.plan(staging, advance, rounds, keeping)
+  with Stopwatch() as first:
+    plan, advance = memory.plan(staging, rounds, keeping)
   memory.check(plan, simulator.population_size, memory_limit)
   on_start()
   if chatty:
@@ -270,15 +269,7 @@ def _interval() -> float:
 def peak_memory_bytes() -> int:
   """Peak bytes in use: of the first device where it tells, else resident memory of this process."""
   stats = jax.local_devices()[0].memory_stats()
-  return int(stats["peak_bytes_in_use"]) if stats and "peak_bytes_in_use" in stats else peak_resident_bytes()
-
-
-def peak_resident_bytes() -> int:
-  """Peak resident memory of this process; asks no device."""
-  import resource
-
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak if sys.platform == "darwin" else peak * 1024
+  return int(stats["peak_bytes_in_use"]) if stats and "peak_bytes_in_use" in stats else memory.peak_resident_bytes()
 
 
 class Stopwatch:

@@ -93,7 +93,7 @@ class Staging:
         raise InputError(f"{name}: got {place!r}, accepted are {', '.join(PLACES)}")
     if client_state == "disk" and directory is None:
       raise InputError("client_state: got 'disk' without a run directory to keep the files in")
-    self._simulator = simulator
+    self.simulator = simulator
     whole = jax.tree.map(np.asarray, inputs)
     if data_on == "host":
       store = whole.federation.store
@@ -111,7 +111,6 @@ class Staging:
     # Rows by id, for a schedule tells ids.
     self._row_of = np.zeros(simulator.population_size, np.int64)
     self._row_of[self._federation.id] = np.arange(population)
-    self.entries = len(self._federation.store.index)
     self._mine = np.arange(population) % jax.process_count() == jax.process_index()
 
     plain = whole._replace(federation=(), pooled=())
@@ -131,21 +130,21 @@ class Staging:
     """The state before round 0 and its inputs, with the first rows current; or with a checkpoint's client rows."""
     first = np.arange(self.size)
     if self.data_on == "device":
-      self._store = self._simulator.place(self._federation.store)
+      self._store = self.simulator.place(self._federation.store)
     if not self.resident:
       # A file or a page that is never written takes no room: rows do not exist before their client's first visit.
       leaves, form = jax.tree.flatten(self.shapes()[0].clients)
       tables = [_Table(len(self.times), leaf, self._directory) for leaf in leaves]
       self._clients = jax.tree.unflatten(form, tables)
     inputs = self._inputs(first, self.size, pooled=self.resident)
-    state = self._simulator.init(inputs)
+    state = self.simulator.init(inputs)
     self._current = first
     if snapshot is not None:
       self.times[snapshot.rows] = snapshot.times
       if self.resident:
         clients = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), jax.eval_shape(lambda: state.clients))
         jax.tree.map(lambda all, some: all.__setitem__(snapshot.rows, some), clients, snapshot.clients)
-        state = state._replace(clients=self._simulator.place(clients), times=self._simulator.place(self.times))
+        state = state._replace(clients=self.simulator.place(clients), times=self.simulator.place(self.times))
       else:
         self._scatter(snapshot.rows, snapshot.clients)
         self._current = np.zeros(0, np.int64)  # what is there now means nothing
@@ -179,7 +178,7 @@ class Staging:
     # Of rows that stay, the tables do not have the newest.
     _, there, here = np.intersect1d(held.rows, self._current, assume_unique=True, return_indices=True)
     moves = [np.pad(x, (0, self.size - len(x))).astype(np.int32) for x in (there, here)]
-    given = self._simulator.place((*moves, np.int32(len(there))))
+    given = self.simulator.place((*moves, np.int32(len(there))))
     times, clients = _moved(self.mesh)((held.times, held.clients), (state.times, state.clients), *given)
     self._leaving = _Rows(self._current, state.times, state.clients)
     self._current = held.rows
@@ -232,7 +231,7 @@ class Staging:
     whole: Any = self._federation
     federation = rows(whole._replace(store=()))._replace(store=store)
     inputs = jax.tree.map(_shape, self._rest._replace(federation=federation, pooled=self._pooled))
-    return jax.eval_shape(self._simulator.init, inputs), inputs
+    return jax.eval_shape(self.simulator.init, inputs), inputs
 
   def table_bytes(self, visited: int) -> int:
     """Bytes of host memory that the tables of client rows take when so many clients were visited; none on disk."""
@@ -240,11 +239,6 @@ class Staging:
       return 0
     rows = [int(np.prod(x.shape[1:])) * x.dtype.itemsize for x in jax.tree.leaves(self.shapes()[0].clients)]
     return min(visited * sum(max(_PAGE, row) for row in rows), len(self.times) * sum(rows))
-
-  def host_bytes(self) -> int:
-    """Bytes of the whole federation in this host's memory; memory-mapped arrays count nothing."""
-    arrays = [x for x in jax.tree.leaves(self._federation) if not isinstance(_owner(x), mmap.mmap)]
-    return sum(x.nbytes for x in arrays) + self.times.nbytes + self._row_of.nbytes
 
   # --- moving ---------------------------------------------------------------------------------------------------------
 
@@ -255,7 +249,7 @@ class Staging:
     if jax.process_count() > 1:
       mine = np.pad(self._mine[rows], (0, size - len(rows)))
       clients = jax.tree.map(lambda x: np.where(_column(mine, x), x, np.zeros_like(x)), clients)
-    held = _Rows(rows, self._simulator.place(times), self._sum_over_hosts(clients))
+    held = _Rows(rows, self.simulator.place(times), self._sum_over_hosts(clients))
     return _Incoming(held, self._inputs(rows, size, pooled=pooled))
 
   def _settle(self) -> None:
@@ -283,11 +277,11 @@ class Staging:
   def _inputs(self, rows: np.ndarray, size: int, *, pooled: bool) -> Inputs:
     """The inputs with a federation of these rows alone, padded to `size` rows of nobody."""
     whole: Any = self._federation
-    blank = np.full(size - len(rows), self._simulator.population_size, np.int32)  # no client's id
+    blank = np.full(size - len(rows), self.simulator.population_size, np.int32)  # no client's id
     ids = np.concatenate([whole.id[rows], blank])
     pad = lambda x: np.concatenate([x[rows], np.zeros_like(blank)])
     spans = {part: jax.tree.map(pad, getattr(whole, part)) for part in _PARTS}
-    place = self._simulator.place
+    place = self.simulator.place
     if self._store is not None:
       federation = Federation(self._store, *place((ids, *spans.values())))
       return self._rest._replace(federation=federation, pooled=place(self._pooled))
@@ -332,8 +326,8 @@ class Staging:
   def _sum_over_hosts(self, tree: PyTree) -> PyTree:
     """NumPy arrays, of which each host has filled its part, on all devices."""
     if jax.process_count() == 1:
-      return self._simulator.place(tree)
-    mesh = self._simulator.mesh
+      return self.simulator.place(tree)
+    mesh = self.simulator.mesh
     assert mesh is not None
     split = NamedSharding(mesh, PartitionSpec(AXIS))
     local = len(mesh.local_devices)

@@ -22,7 +22,7 @@ def test_rows_follow_from_what_was_timed(monkeypatch):
     calls.append(time.sleep(0.05))
 
   case = benchmark.Case("sleep", slow, samples=100, clients=4, flops=1e9)
-  monkeypatch.setitem(benchmark.SUITES, "round", lambda: iter([case]))
+  monkeypatch.setitem(benchmark.SUITES, "round", lambda wanted: iter([case]))
   (row,) = benchmark.measure("round", 3)
   assert set(row) >= KEYS
   assert len(calls) == 1 + 3  # one to compile, three that count
@@ -37,7 +37,7 @@ def test_a_case_goes_on_from_state_to_state():
   rounds = benchmark.Rounds((8, 8, 1), 200, model="mlp", num_clients=3, examples_per_client=20, local_steps=2)
   rounds.advance()
   rounds.advance(2)
-  assert int(rounds.state.round) == 3
+  assert int(rounds.chunks.state.round) == 3
   assert len(rounds.score(rounds.simulator.score_global)) == 1
   # Two steps of 16 examples through 64 x 200 x 10 weights, forward and backward but for the inputs' gradient.
   price = rounds.prices().local_update

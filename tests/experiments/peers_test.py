@@ -93,7 +93,7 @@ def test_rows_of_peers(peer, monkeypatch, capsys):
   twin = benchmark.Case("sleep", lambda: time.sleep(0.05), samples=12, clients=2, peer=spec())
   lost = benchmark.Case("lost", lambda: None, samples=12, peer=spec(case="lost", model="none"))
   alone = benchmark.Case("alone", lambda: None, samples=1)
-  monkeypatch.setitem(benchmark.SUITES, "round", lambda: iter([twin, lost, alone]))
+  monkeypatch.setitem(benchmark.SUITES, "round", lambda wanted: iter([twin, lost, alone]))
   rows = benchmark.measure("round", 3, [peer])
   assert [(row["case"], row["peer"]) for row in rows] == [
     ("sleep", None),

@@ -127,14 +127,13 @@ def test_plan_adds_up_and_refuses(tmp_path):
   for place in PLACES:
     staging = Staging(simulator, inputs, client_state=place, directory=tmp_path)
     shapes = staging.shapes()
-    compiled = simulator.advance.lower(*shapes, np.int32(0)).compile()
-    plan = memory.plan(staging, compiled, ROUNDS)
+    plan, compiled = memory.plan(staging, ROUNDS)
     lines = {need.what: need.bytes for need in plan.needs if need.where == "device"}
     # What the compiled chunk is given, by XLA's own count, up to the padding of small arrays.
     given = sum(lines.values()) - lines["a chunk of rounds"] - lines["the next chunk's rows"]
     assert given == pytest.approx(compiled.memory_analysis().argument_size_in_bytes, abs=100)
     sizes[place] = lines["client rows"]
-    assert f"{plan.host / 2**20:.1f} MiB on the host" in str(plan)
+    assert f"{memory.human(plan.host)} on the host" in str(plan)
   row = 4 + sum(np.prod(x.shape[1:]) * 4 for x in jax.tree.leaves(shapes[0].clients))
   assert sizes == {"device": N * row, "host": CHUNK * COHORT * row, "disk": CHUNK * COHORT * row}
 
