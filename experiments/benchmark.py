@@ -97,8 +97,7 @@ class Rounds:
   def chunks(self) -> simulation.Chunks:
     """The run, begun when it is first asked for; `planned` is then what the memory plan said."""
     if self._chunks is None:
-      places = {name: getattr(self.config, name) for name in ("data_on", "client_state")}
-      places = {name: "device" if place == "auto" else place for name, place in places.items()}
+      places = job.places(self.config)
       directory = Path(tempfile.gettempdir()) if "disk" in places.values() else None
       staging = simulation.Staging(self.simulator, self.inputs, directory=directory, **places)
       plan, compiled = simulation.plan(staging, self.config.rounds)

@@ -172,8 +172,7 @@ def run(config: Config) -> dict[str, Any]:
       eval_clients=config.eval_clients,
       checkpoint_every=config.checkpoint_every,
       directory=workdir,
-      data_on=_place(config.data_on, "disk"),
-      client_state=_place(config.client_state, "host"),
+      **places(config),
       memory_limit=int(config.memory_limit * 2**30),
       on_start=partial(_claim, workdir, config, write=writes),
       on_record=partial(_write_record, workdir) if writes else lambda record: None,
@@ -193,8 +192,11 @@ def run(config: Config) -> dict[str, Any]:
   return _announced(summary, workdir)
 
 
-def _place(asked: str, of_several_hosts: str) -> str:
-  return asked if asked != "auto" else "device" if jax.process_count() == 1 else of_several_hosts
+def places(config: Config) -> dict[str, str]:
+  """Where rows live: `data_on` and `client_state`, with `auto` decided."""
+  usual = ("device", "device") if jax.process_count() == 1 else ("disk", "host")
+  asked = {"data_on": config.data_on, "client_state": config.client_state}
+  return {name: auto if place == "auto" else place for (name, place), auto in zip(asked.items(), usual, strict=True)}
 
 
 def _draw(workdir: Path) -> None:

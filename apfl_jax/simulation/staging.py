@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apfl_jax.errors import InputError
@@ -123,6 +122,7 @@ class Staging:
     self._leaving: _Rows | None = None  # off the devices soon, and not in the tables yet
     self._flushed: Any = None
     self._capacities: dict[int, int] = {}
+    self._shapes: tuple[State, Inputs] | None = None  # tracing `init` takes a while
 
   # --- what a run asks for --------------------------------------------------------------------------------------------
 
@@ -213,16 +213,18 @@ class Staging:
     if self.resident:
       clients = jax.tree.map(lambda x: np.asarray(x)[rows], state.clients)
     else:
-      clients = jax.tree.map(lambda table: table.read(rows, len(rows)), self._clients)
+      clients = self._read(rows, len(rows))
       if jax.process_count() > 1:
-        mine = self._mine[rows]
-        clients = jax.tree.map(lambda x: np.where(_column(mine, x), x, np.zeros_like(x)), clients)
-        gathered = multihost_utils.process_allgather(clients)
-        clients = jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), gathered)
+        clients = jax.tree.map(np.asarray, self._sum_over_hosts(clients))
     return Snapshot(rows, self.times[rows], clients)
 
   def shapes(self) -> tuple[State, Inputs]:
     """Shapes of what the compiled chunk gets; nothing is computed or moved."""
+    if self._shapes is None:
+      self._shapes = self._shaped()
+    return self._shapes
+
+  def _shaped(self) -> tuple[State, Inputs]:
     store: Any = self._federation.store
     if self.data_on != "device":
       length = self._capacity(self.size) + (int(self._pooled.size) if self.resident else 0)
@@ -244,13 +246,17 @@ class Staging:
 
   def _gather(self, rows: np.ndarray, size: int, *, pooled: bool) -> _Incoming:
     """Rows out of the tables, and the inputs that go with them."""
-    clients = jax.tree.map(lambda table: table.read(rows, size), self._clients)
     times = np.pad(self.times[rows], (0, size - len(rows)))
-    if jax.process_count() > 1:
-      mine = np.pad(self._mine[rows], (0, size - len(rows)))
-      clients = jax.tree.map(lambda x: np.where(_column(mine, x), x, np.zeros_like(x)), clients)
-    held = _Rows(rows, self.simulator.place(times), self._sum_over_hosts(clients))
+    held = _Rows(rows, self.simulator.place(times), self._sum_over_hosts(self._read(rows, size)))
     return _Incoming(held, self._inputs(rows, size, pooled=pooled))
+
+  def _read(self, rows: np.ndarray, size: int) -> PyTree:
+    """Client rows out of the tables, [size, ...]; zeros where another host holds them."""
+    clients = jax.tree.map(lambda table: table.read(rows, size), self._clients)
+    if jax.process_count() == 1:
+      return clients
+    mine = np.pad(self._mine[rows], (0, size - len(rows)))
+    return jax.tree.map(lambda x: np.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros_like(x)), clients)
 
   def _settle(self) -> None:
     """Writes what left the devices into the tables."""
@@ -349,10 +355,6 @@ def _moved(mesh: Mesh | None) -> Callable[..., PyTree]:
 
   whole = NamedSharding(mesh, PartitionSpec()) if mesh else None
   return jax.jit(move, donate_argnums=0, out_shardings=whole)
-
-
-def _column(mask: np.ndarray, like: np.ndarray) -> np.ndarray:
-  return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
 @cache
