@@ -178,12 +178,20 @@ class Model(NamedTuple):
     head: (params.head, features [B, F]) -> logits [B, C].
     semantics: (params.head, features [B, F]) -> [B, D], the features in the space of the class embeddings; None for
       a head that has no such space.
+    by_image: the same function as `base`, computed so that the gradient by the images is the cheap one and not that by
+      the parameters; None where that makes no difference.
   """
 
   init: Callable[[Key], Params]
   base: Callable[[PyTree, Array], tuple[Array, tuple[Array, ...]]]
   head: Callable[[PyTree, Array], Array]
   semantics: Callable[[PyTree, Array], Array] | None = None
+  by_image: Callable[[PyTree, Array], tuple[Array, tuple[Array, ...]]] | None = None
+
+  @property
+  def frozen(self) -> "Model":
+    """The same classifier, for where images are trained and it is not: a generator's teacher."""
+    return self._replace(base=self.by_image or self.base)
 
 
 class Generator(NamedTuple):

@@ -15,10 +15,10 @@ def average(params: Params, weight: Array) -> Params:
 
 
 def answers(task: Task, params: Params, images: Array) -> tuple[Array, tuple[Array, ...]]:
-  """Logits [K, B, C] and taps of K models on the same images [B, height, width, channels]."""
+  """Logits [K, B, C] and taps of K models on the same images [B, height, width, channels], which may be trained."""
 
   def of(params: Params) -> tuple[Array, tuple[Array, ...]]:
-    features, taps = task.model.base(params.base, images)
+    features, taps = task.model.frozen.base(params.base, images)
     return task.model.head(params.head, features), taps
 
   return jax.vmap(of)(params)

@@ -179,7 +179,7 @@ def generator_loss(
     lambda_div: weight of the disagreement.
   """
   logits, taps = answers(task, kept.params, images)
-  taught, mine = ensemble(kept, logits), training.predict(task.model, params, images).logits
+  taught, mine = ensemble(kept, logits), training.predict(task.model.frozen, params, images).logits
   found = jax.vmap(lambda taps: moments(taps, jnp.ones(len(images))))(taps)
   wrong = jnp.argmax(taught, axis=-1) != jnp.argmax(mine, axis=-1)
   off = jnp.where(kept.weight > 0, jax.vmap(distance)(found, kept.statistics), 0.0)

@@ -149,7 +149,7 @@ def generator_loss(
     lambda_cls: weight of the labels.
   """
   logits, _ = answers(task, members, images)  # [K, B, C]
-  mine = training.predict(task.model, params, images).logits
+  mine = training.predict(task.model.frozen, params, images).logits
   gap = jnp.mean(jnp.abs(mine - jax.lax.stop_gradient(logits)), axis=-1)
   right = jax.vmap(lambda x: training.cross_entropy(x, target))(logits)
   return jnp.sum(jnp.mean(share * (lambda_cls * right - gap), axis=1))

@@ -176,3 +176,18 @@ def test_what_does_not_fit_is_said_in_one_line(arguments, options, words):
     classifier(*arguments, **options)
   message = str(error.value)
   assert "\n" not in message and all(word in message for word in words)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (9, 6, 3)])
+def test_a_frozen_network_is_the_same_with_the_same_gradient_by_the_images(shape):
+  model = classifier("cnn_small", shape, 5)
+  params, images = model.init(jax.random.key(0)), _images(0, 3, *shape)
+
+  def loss(model):
+    def of(images):
+      features, taps = model.base(params.base, images)
+      return jnp.sum(jnp.tanh(model.head(params.head, features))) + sum(jnp.mean(tap**2) for tap in taps), taps
+
+    return jax.jit(jax.value_and_grad(of, has_aux=True))(images)
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), loss(model.frozen), loss(model))

@@ -122,7 +122,7 @@ def generator_loss(
   most = max_shift(images.shape[1])
   # One offset for the whole batch: a slice, whose gradient is cheap, where an offset a row is a scatter.
   offset = jnp.broadcast_to(jax.random.randint(shift_key, (1, 2), -most, most + 1), (size, 2))
-  features, taps = task.model.base(teacher.base, jnp.concatenate([images, shift(images, offset)]))
+  features, taps = task.model.frozen.base(teacher.base, jnp.concatenate([images, shift(images, offset)]))
   logits = task.model.head(teacher.head, features)
   targets = jnp.tile(jax.nn.one_hot(rows.label, task.num_classes), (2, 1))
   labelled = jnp.tile(rows.labelled, 2)
