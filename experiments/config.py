@@ -6,7 +6,7 @@ A method's own settings are the keyword arguments of its `make`; they become fla
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -156,9 +156,11 @@ _DEFINE: dict[type, Any] = {
 }
 
 
-def define_flags() -> None:
-  """Defines a flag for every field of `Config` and for every setting of every method."""
+def define_flags(but: Collection[str] = ()) -> None:
+  """Defines a flag for every field of `Config`, `but` for some, and for every setting of every method."""
   for field in fields():
+    if field.name in but:
+      continue
     choices = field.metadata["limits"].choices
     help = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
     _DEFINE[type(field.default)](field.name, field.default, help)
@@ -167,23 +169,31 @@ def define_flags() -> None:
       _DEFINE[type(setting.default)](f"{method}_{name}", setting.default, f"{method}: {setting.text}")
 
 
-def from_flags() -> Config:
-  """The Config that the parsed flags say."""
-  values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in fields()}
+def from_flags(**given: Any) -> Config:
+  """The Config that the parsed flags say, but for the fields that are `given`."""
+  values: dict[str, Any] = {f.name: flags.FLAGS[f.name].value for f in fields() if f.name not in given} | given
   method = values["algorithm"]
-  for other in algorithms.METHODS:
-    for name in algorithms.settings(other) if other != method else ():
-      if flags.FLAGS[f"{other}_{name}"].present:
-        print(f"note: --{other}_{name} has no effect on --algorithm={method}", file=sys.stderr)
   if method in algorithms.METHODS:
     values["settings"] = {name: flags.FLAGS[f"{method}_{name}"].value for name in algorithms.settings(method)}
   return Config(**values)
 
 
+def note_unused(methods: Collection[str]) -> None:
+  """Tells of flags that are settings of other methods."""
+  for other in algorithms.METHODS:
+    for name in algorithms.settings(other) if other not in methods else ():
+      if flags.FLAGS[f"{other}_{name}"].present:
+        print(f"note: --{other}_{name} has no effect on {', '.join(methods)}", file=sys.stderr)
+
+
 def table_of_methods() -> str:
-  """A line for each method: what `--algorithm=help` prints."""
+  """A line for each method under its group: what `--algorithm=help` prints."""
   width = max(map(len, algorithms.METHODS))
-  return "\n".join(f"{name:{width}}  {entry.paper}" for name, entry in algorithms.METHODS.items())
+  lines = []
+  for group, methods in algorithms.grouped().items():
+    lines.append(f"{group}: {algorithms.GROUPS[group]}" if group in algorithms.GROUPS else f"{group}:")
+    lines += [f"  {name:{width}}  {method.paper}" for name, method in methods.items()]
+  return "\n".join(lines)
 
 
 def main(run: Any) -> None:

@@ -150,14 +150,12 @@ def run(config: Config) -> dict[str, Any]:
   Raises:
     InputError: see `prepare`; or the directory holds another run.
   """
-  workdir = Path(config.workdir or f"runs/{config.algorithm}-{config.dataset.replace('/', '_')}-{config.seed}")
-  workdir = workdir.absolute()
-  finished = _claim(workdir, config, write=False)
-  if finished:
+  workdir = _workdir(config)
+  if summary := finished(config):
     print("this run is finished; nothing is computed", file=sys.stderr)
     if not (workdir / "report.html").is_file():  # killed just before
       _draw(workdir)
-    return _announced(finished, workdir)
+    return _announced(summary, workdir)
   with simulation.Stopwatch() as watch:
     job = prepare(config)
     # Of several processes all compute, and what is asked of the devices is asked by all; the first one writes.
@@ -190,6 +188,13 @@ def run(config: Config) -> dict[str, Any]:
   if not any(result.record.arrived):
     print("no upload arrived in any round: the global model is the initial one", file=sys.stderr)
   return _announced(summary, workdir)
+
+
+def finished(config: Config) -> dict[str, Any] | None:
+  """What `run` returned if the run is finished, else None. Raises InputError if the directory holds another run."""
+  workdir = _workdir(config)
+  summary = _claim(workdir, config, write=False)
+  return summary and _announced(summary, workdir)
 
 
 def places(config: Config) -> dict[str, str]:
@@ -240,6 +245,10 @@ def _partition(
 
 
 # --- the run directory ------------------------------------------------------------------------------------------------
+
+
+def _workdir(config: Config) -> Path:
+  return Path(config.workdir or f"runs/{config.algorithm}-{config.dataset.replace('/', '_')}-{config.seed}").absolute()
 
 
 def _claim(workdir: Path, config: Config, *, write: bool) -> dict[str, Any] | None:

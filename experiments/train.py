@@ -19,6 +19,7 @@ def main(arguments: Sequence[str]) -> None:
   if flags.FLAGS.algorithm == "help":
     print(config.table_of_methods())
     return
+  config.note_unused([flags.FLAGS.algorithm])
   summary = job.run(config.from_flags())
   if jax.process_index():
     return

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from apfl_jax import algorithms
+from apfl_jax.errors import InputError
+from experiments import methods
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -30,11 +32,18 @@ def test_the_example_of_a_method_is_short():
 
 
 def test_the_table_is_the_registry():
+  assert methods.with_table(TEXT) == TEXT, "python -m experiments.methods --readme writes it anew"
   rows = re.findall(r"^\| `(\w+)` \| (.*?) \| \[.*?\]\((.*?)\) \| (.*?) \|$", TEXT, re.MULTILINE)
   assert {(name, paper, keeps) for name, paper, _, keeps in rows} == {
     (name, method.paper, method.keeps) for name, method in algorithms.METHODS.items()
   }
   assert all((ROOT / path).exists() for _, _, path, _ in rows)
+  assert {method.group for method in algorithms.METHODS.values()} <= set(algorithms.GROUPS)
+
+
+def test_a_readme_without_a_place_for_the_table_is_refused():
+  with pytest.raises(InputError, match="end of methods"):
+    methods.with_table(TEXT.replace("<!-- end of methods -->", ""))
 
 
 def test_links_lead_somewhere():

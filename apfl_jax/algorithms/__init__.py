@@ -45,6 +45,7 @@ class Method(NamedTuple):
   Attributes:
     make: (task, **settings) -> Algorithm.
     paper: where it comes from.
+    group: under which heading tables list it, a key of `GROUPS`.
     keeps: what stays on the client between visits.
     head: the classifier's head that `--head=auto` gives it.
     samples: (task, server, key, count) -> images [C, count, ...] in [0, 1], if it has a generator.
@@ -52,49 +53,72 @@ class Method(NamedTuple):
 
   make: Callable[..., Algorithm]
   paper: str
+  group: str
   keeps: str = "nothing"
   head: str = "free"
   samples: Callable[..., Any] | None = None
 
 
+GROUPS = {
+  "global": "one model for all clients",
+  "personalised": "a model for each client",
+  "generators": "a server that learns to draw examples or features",
+  "asynchronous": "made for updates that come late",
+  "bounds": "what a federation is measured by",
+}
+
+
 METHODS: dict[str, Method] = {
   "adaptive_pfl": Method(
-    adaptive_pfl, "Deng et al. 2020, arXiv 2003.13461 ('APFL')", keeps="its model and its mixing weight"
+    adaptive_pfl, "Deng et al. 2020, arXiv 2003.13461 ('APFL')", "personalised", keeps="its model and its mixing weight"
   ),
   "ap_fl": Method(
-    ap_fl, "Wan et al. 2025, arXiv 2503.00407 (reconstructed)", head="anchored", samples=ap_fl_package.samples
+    ap_fl,
+    "Wan et al. 2025, arXiv 2503.00407 (reconstructed)",
+    "generators",
+    head="anchored",
+    samples=ap_fl_package.samples,
   ),
-  "dense": Method(dense, "Zhang et al. 2022, arXiv 2112.12371"),
-  "ditto": Method(ditto, "Li et al. 2021, arXiv 2012.04221", keeps="its model"),
-  "fedadam": Method(fedadam, "Reddi et al. 2021, arXiv 2003.00295"),
-  "fedala": Method(fedala, "Zhang et al. 2023, arXiv 2212.01197", keeps="its model and its head's weights"),
-  "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629"),
-  "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252"),
-  "fedavgm": Method(fedavgm, "Hsu et al. 2019, arXiv 1909.06335"),
-  "fedbabu": Method(fedbabu, "Oh et al. 2022, arXiv 2106.06042"),
-  "feddbe": Method(feddbe, "Zhang et al. 2023, arXiv 2311.14975", keeps="its mean representation"),
-  "feddyn": Method(feddyn, "Acar et al. 2021, arXiv 2111.04263", keeps="the sum of its moves"),
-  "fedftg": Method(fedftg, "Zhang et al. 2022, arXiv 2203.09249", samples=fedftg_samples),
-  "fedgen": Method(fedgen, "Zhu et al. 2021, arXiv 2105.10056"),
-  "fednova": Method(fednova, "Wang et al. 2020, arXiv 2007.07481"),
-  "fedper": Method(fedper, "Arivazhagan et al. 2019, arXiv 1912.00818", keeps="its head"),
-  "fedproto": Method(fedproto, "Tan et al. 2022, arXiv 2105.00243", keeps="its model"),
-  "fedprox": Method(fedprox, "Li et al. 2020, arXiv 1812.06127"),
-  "fedrep": Method(fedrep, "Collins et al. 2021, arXiv 2102.07078", keeps="its head"),
-  "fedrod": Method(fedrod, "Chen and Chao 2022, arXiv 2107.00778", keeps="its head"),
-  "fedyogi": Method(fedyogi, "Reddi et al. 2021, arXiv 2003.00295"),
-  "fl_fdms": Method(fl_fdms, "Wang and Xu 2022, arXiv 2205.13222"),
-  "gpfl": Method(gpfl, "Zhang et al. 2023, arXiv 2308.10279", keeps="its head"),
-  "knn_per": Method(knn_per, "Marfoq et al. 2022, arXiv 2111.09360"),
-  "lg_fedavg": Method(lg_fedavg, "Liang et al. 2020, arXiv 2001.01523", keeps="its base"),
-  "local": Method(local, "the lower bound", keeps="its model"),
-  "mifa": Method(mifa, "Gu et al. 2021, arXiv 2106.04159", keeps="its last two updates"),
-  "moon": Method(moon, "Li et al. 2021, arXiv 2103.16257", keeps="its last model"),
-  "per_fedavg": Method(per_fedavg, "Fallah et al. 2020, arXiv 2002.07948"),
-  "persafl": Method(persafl, "Toghani et al. 2022, arXiv 2210.01176"),
-  "pfedme": Method(pfedme, "Dinh et al. 2020, arXiv 2006.08848"),
-  "scaffold": Method(scaffold, "Karimireddy et al. 2020, arXiv 1910.06378", keeps="its control variate"),
+  "dense": Method(dense, "Zhang et al. 2022, arXiv 2112.12371", "generators"),
+  "ditto": Method(ditto, "Li et al. 2021, arXiv 2012.04221", "personalised", keeps="its model"),
+  "fedadam": Method(fedadam, "Reddi et al. 2021, arXiv 2003.00295", "global"),
+  "fedala": Method(
+    fedala, "Zhang et al. 2023, arXiv 2212.01197", "personalised", keeps="its model and its head's weights"
+  ),
+  "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629", "global"),
+  "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252", "personalised"),
+  "fedavgm": Method(fedavgm, "Hsu et al. 2019, arXiv 1909.06335", "global"),
+  "fedbabu": Method(fedbabu, "Oh et al. 2022, arXiv 2106.06042", "personalised"),
+  "feddbe": Method(feddbe, "Zhang et al. 2023, arXiv 2311.14975", "personalised", keeps="its mean representation"),
+  "feddyn": Method(feddyn, "Acar et al. 2021, arXiv 2111.04263", "global", keeps="the sum of its moves"),
+  "fedftg": Method(fedftg, "Zhang et al. 2022, arXiv 2203.09249", "generators", samples=fedftg_samples),
+  "fedgen": Method(fedgen, "Zhu et al. 2021, arXiv 2105.10056", "generators"),
+  "fednova": Method(fednova, "Wang et al. 2020, arXiv 2007.07481", "global"),
+  "fedper": Method(fedper, "Arivazhagan et al. 2019, arXiv 1912.00818", "personalised", keeps="its head"),
+  "fedproto": Method(fedproto, "Tan et al. 2022, arXiv 2105.00243", "personalised", keeps="its model"),
+  "fedprox": Method(fedprox, "Li et al. 2020, arXiv 1812.06127", "global"),
+  "fedrep": Method(fedrep, "Collins et al. 2021, arXiv 2102.07078", "personalised", keeps="its head"),
+  "fedrod": Method(fedrod, "Chen and Chao 2022, arXiv 2107.00778", "personalised", keeps="its head"),
+  "fedyogi": Method(fedyogi, "Reddi et al. 2021, arXiv 2003.00295", "global"),
+  "fl_fdms": Method(fl_fdms, "Wang and Xu 2022, arXiv 2205.13222", "global"),
+  "gpfl": Method(gpfl, "Zhang et al. 2023, arXiv 2308.10279", "personalised", keeps="its head"),
+  "knn_per": Method(knn_per, "Marfoq et al. 2022, arXiv 2111.09360", "personalised"),
+  "lg_fedavg": Method(lg_fedavg, "Liang et al. 2020, arXiv 2001.01523", "personalised", keeps="its base"),
+  "local": Method(local, "the lower bound", "bounds", keeps="its model"),
+  "mifa": Method(mifa, "Gu et al. 2021, arXiv 2106.04159", "global", keeps="its last two updates"),
+  "moon": Method(moon, "Li et al. 2021, arXiv 2103.16257", "global", keeps="its last model"),
+  "per_fedavg": Method(per_fedavg, "Fallah et al. 2020, arXiv 2002.07948", "personalised"),
+  "persafl": Method(persafl, "Toghani et al. 2022, arXiv 2210.01176", "asynchronous"),
+  "pfedme": Method(pfedme, "Dinh et al. 2020, arXiv 2006.08848", "personalised"),
+  "scaffold": Method(scaffold, "Karimireddy et al. 2020, arXiv 1910.06378", "global", keeps="its control variate"),
 }
+
+
+def grouped() -> dict[str, dict[str, Method]]:
+  """The methods by group, in the order of `GROUPS`; a group that is not among them comes last."""
+  groups = dict.fromkeys([*GROUPS, *(method.group for method in METHODS.values())])
+  found = {group: {name: method for name, method in METHODS.items() if method.group == group} for group in groups}
+  return {group: methods for group, methods in found.items() if methods}
 
 
 def settings(name: str) -> dict[str, Setting]:
@@ -103,6 +127,7 @@ def settings(name: str) -> dict[str, Setting]:
 
 
 __all__ = [
+  "GROUPS",
   "METHODS",
   "Algorithm",
   "Method",
@@ -130,6 +155,7 @@ __all__ = [
   "fedyogi",
   "fl_fdms",
   "gpfl",
+  "grouped",
   "knn_per",
   "lg_fedavg",
   "local",

@@ -1,12 +1,12 @@
-"""The page of a run: one file that opens from disk, without network, fonts or scripts of others."""
+"""Pages, of a run and of a comparison: one file that opens from disk, without network, fonts or scripts of others."""
 
 import base64
 import html
 import math
 import pathlib
 import shlex
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,7 +35,7 @@ th { font-weight: 600 }
 thead th { color: var(--soft) }
 tr > :first-child { text-align: left; padding-left: 0; white-space: nowrap }
 .group { text-align: center }
-tbody td:nth-child(7), thead tr:last-child th:nth-child(7) { padding-left: 2.2rem }
+.run tbody td:nth-child(7), .run thead tr:last-child th:nth-child(7) { padding-left: 2.2rem }
 figure { margin: 0 }
 figcaption { margin: 0 0 .8rem }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 8px;
@@ -112,6 +112,46 @@ def write(workdir: str | pathlib.Path) -> pathlib.Path:
   return path
 
 
+class Section(NamedTuple):
+  """A part of a page.
+
+  Attributes:
+    heading: its title.
+    text: what stands above the content.
+    content: a table, facts by name, or a picture as a PNG file.
+  """
+
+  heading: str
+  text: str
+  content: tables.Grid | Mapping[str, str] | bytes
+
+
+def page(title: str, sections: Sequence[Section]) -> str:
+  """A page of sections; all that is given is text, not HTML."""
+  parts = [f"<h1>{html.escape(title)}</h1>"]
+  for heading, text, content in sections:
+    heading, text = html.escape(heading), html.escape(text)
+    if isinstance(content, bytes):
+      parts.append(_figure(heading, text, content))
+      continue
+    parts += [f"<h2>{heading}</h2>", f"<p>{text}</p>" if text else ""]
+    parts.append(_grid(content) if isinstance(content, tables.Grid) else _facts(content))
+  return _document(html.escape(title), parts)
+
+
+def _grid(grid: tables.Grid) -> str:
+  def row(cells: Sequence[str]) -> str:
+    if len(cells) < len(grid.header):
+      return f'<tr><th colspan="{len(grid.header)}">{html.escape(cells[0])}</th></tr>'
+    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+
+  header = "".join(f"<th>{html.escape(name)}</th>" for name in grid.header)
+  return (
+    f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{"".join(map(row, grid.rows))}</tbody></table>'
+    "</div>"
+  )
+
+
 def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
   title = html.escape(tables.title(run.summary))
   parts = [
@@ -125,12 +165,17 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
     "served worst. Own test examples have the classes of the client's own data; the pooled test set has all "
     "classes.</p>",
     _unseen(run),
-    *(_figure(name, image) for name, image in images.items()),
+    *(_figure(*_CAPTIONS[name], image) for name, image in images.items()),
     "<h2>Cost</h2>",
     _facts(_costs(run)),
     "<h2>Repeat this run</h2>",
     _repeat(run),
   ]
+  return _document(title, parts)
+
+
+def _document(title: str, parts: Sequence[str]) -> str:
+  """A whole page of what is HTML already; empty parts are left out."""
   return (
     f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
     f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n<body>\n'
@@ -183,7 +228,7 @@ def _results(summary: dict[str, Any]) -> str:
     for row in tables.rows(summary)
   )
   return (
-    f'<div class="scroll"><table><thead><tr><th></th>{groups}</tr><tr><th></th>{columns}</tr></thead>'
+    f'<div class="scroll"><table class="run"><thead><tr><th></th>{groups}</tr><tr><th></th>{columns}</tr></thead>'
     f"<tbody>{body}</tbody></table></div>"
   )
 
@@ -206,8 +251,7 @@ def _unseen(run: runs.Run) -> str:
   )
 
 
-def _figure(name: str, image: bytes) -> str:
-  heading, caption = _CAPTIONS[name]
+def _figure(heading: str, caption: str, image: bytes) -> str:
   data = base64.b64encode(image).decode()
   return (
     f"<h2>{heading}</h2>\n<figure><figcaption>{caption}</figcaption>"

@@ -1,18 +1,20 @@
-"""The figures of a run.
+"""The figures of a run, and of a comparison of methods.
 
 One colour a group of clients and one line style a model, in all figures; the colours are Okabe and Ito's, told apart by
-people who do not see red and green. Every function draws onto an empty figure and returns False if the run left
-nothing for it.
+people who do not see red and green. Every figure of a run is a function that draws onto an empty figure and returns
+False if the run left nothing for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from apfl_jax.algorithms import GROUPS
 from apfl_jax.errors import InputError
 from apfl_jax.report.run import Run
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 DROPPED, PRESENT, ALL = "#D55E00", "#0072B2", "#444444"
+_COLORS = (PRESENT, DROPPED, "#009E73", "#CC79A7", ALL, "#E69F00")  # of groups of methods
 _LOST, _ABSENT, _GRID = "#F0C64A", "#ECECEC", "#DDDDDD"
 _STYLE: dict[Any, Any] = {
   "font.family": "DejaVu Sans",
@@ -52,22 +55,100 @@ def draw(run: Run) -> dict[str, bytes]:
   Raises:
     InputError: matplotlib is not installed.
   """
+  drawn = {}
+  with _styled() as new:
+    for name, onto in FIGURES.items():
+      figure = new()
+      if onto(figure, run):
+        drawn[name] = _png(figure)
+  return drawn
+
+
+class Point(NamedTuple):
+  """A method in `compare`.
+
+  Attributes:
+    name: the method.
+    group: what gives it its colour and marker.
+    x: values in [0, 1], a run each.
+    y: values in [0, 1], of the same runs.
+  """
+
+  name: str
+  group: str
+  x: Sequence[float]
+  y: Sequence[float]
+
+
+def compare(points: Sequence[Point], xlabel: str, ylabel: str) -> bytes:
+  """A PNG with a point for each method at its means, bars of one standard deviation, named along the right margin.
+
+  Raises:
+    InputError: matplotlib is not installed.
+  """
+  with _styled() as new:
+    figure = new()
+    figure.set_size_inches(8.5, max(4.5, 0.17 * len(points) + 1.5))
+    axes = figure.subplots()
+    groups = dict.fromkeys([*GROUPS, *(point.group for point in points)])  # so that a group looks the same everywhere
+    looks = {group: (_COLORS[i % len(_COLORS)], "osD^vP"[i % 6]) for i, group in enumerate(groups)}
+    labelled = set()
+    for point in points:
+      color, marker = looks[point.group]
+      x, y = (100 * np.asarray(values, float) for values in (point.x, point.y))
+      bars: dict[str, Any] = (
+        {} if x.size < 2 else {"xerr": x.std(ddof=1), "yerr": y.std(ddof=1), "elinewidth": 0.8, "alpha": 0.85}
+      )
+      label = point.group if point.group not in labelled else None
+      labelled.add(point.group)
+      axes.errorbar(x.mean(), y.mean(), fmt=marker, color=color, ms=6, mec="white", label=label, **bars)
+    axes.set(xlabel=f"{xlabel} (%)", ylabel=f"{ylabel} (%)")
+    axes.grid()
+    # Beside points, names would cover one another where methods are close: they stand in the margin, in points' order.
+    order = sorted(points, key=lambda point: (np.mean(point.y), np.mean(point.x)))
+    for place, point in zip(np.linspace(0, 1, 2 * len(order) + 1)[1::2], order, strict=True):
+      color = looks[point.group][0]
+      axes.annotate(
+        point.name,
+        xy=(100 * float(np.mean(point.x)), 100 * float(np.mean(point.y))),
+        xytext=(1.06, place),
+        textcoords="axes fraction",
+        va="center",
+        fontsize=8,
+        color=color,
+        arrowprops={
+          "arrowstyle": "-",
+          "color": color,
+          "lw": 0.5,
+          "alpha": 0.5,
+          "shrinkA": 2,
+          "shrinkB": 3,
+          "relpos": (0, 0.5),
+        },
+        annotation_clip=False,
+      )
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=6, fontsize=9)
+    return _png(figure)
+
+
+@contextlib.contextmanager
+def _styled() -> Iterator[Callable[[], Figure]]:
+  """Within it, figures look alike, whatever a notebook has set; gives what makes an empty one."""
   try:
     import matplotlib
     from matplotlib.figure import Figure
   except ImportError as error:
     raise InputError("a report needs matplotlib: pip install 'apfl_jax[report]'") from error
-  drawn = {}
   with matplotlib.rc_context():
-    matplotlib.rcdefaults()  # whatever a notebook has set
+    matplotlib.rcdefaults()
     matplotlib.rcParams.update(_STYLE)
-    for name, onto in FIGURES.items():
-      figure = Figure(layout="constrained")
-      if onto(figure, run):
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=150, facecolor="white", bbox_inches="tight")
-        drawn[name] = file.getvalue()
-  return drawn
+    yield lambda: Figure(layout="constrained")
+
+
+def _png(figure: Figure) -> bytes:
+  file = io.BytesIO()
+  figure.savefig(file, format="png", dpi=150, facecolor="white", bbox_inches="tight")
+  return file.getvalue()
 
 
 def _curves(figure: Figure, run: Run) -> bool:

@@ -1,5 +1,6 @@
-"""The table of results, once as values and once as text for a terminal."""
+"""Tables: a run's results, as values and as text for a terminal; any grid of text as Markdown."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 GROUPS = (("own test examples", 5), ("pooled test", 2))
@@ -40,6 +41,27 @@ def rows(summary: dict[str, Any]) -> list[Row]:
       [personal.get(key) for key in _OWN_KEYS] + [pooled.get("personal_mean"), dropped],
     ),
   ]
+
+
+class Grid(NamedTuple):
+  """A table of text.
+
+  Attributes:
+    header: the names of the columns.
+    rows: a cell for each column; a row of one cell is a heading of the rows below it.
+  """
+
+  header: Sequence[str]
+  rows: Sequence[Sequence[str]]
+
+
+def markdown(grid: Grid) -> str:
+  """The lines of a Markdown table, without a newline at the end."""
+  width = len(grid.header)
+  filled = [row if len(row) == width else [f"**{row[0]}**", *[""] * (width - 1)] for row in grid.rows]
+  escaped = [[cell.replace("|", "\\|") for cell in row] for row in (grid.header, *filled)]
+  lines = ["| " + " | ".join(row) + " |" for row in escaped]
+  return "\n".join([lines[0], "|" + "---|" * width, *lines[1:]])
 
 
 def percent(value: float | None, missing: str = "-") -> str:

@@ -1,0 +1,200 @@
+"""The comparison of methods: two of them on two seeds of the fast task, its tables against the runs' own files."""
+
+import csv
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apfl_jax import algorithms, metrics, report
+from apfl_jax.errors import InputError
+from apfl_jax.report import html, plots, tables
+from experiments import config, job, methods
+from experiments.config import Config
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+  "dataset": "fast",
+  "model": "mlp",
+  "num_clients": 4,
+  "partition": "iid",
+  "min_size": 4,
+  "monopolistic_classes": 0,
+  "embeddings": "onehot",
+  "drop_rate": "0.5",
+  "rounds": 2,
+  "personalize_every": 1,
+  "local_steps": 3,
+  "personal_steps": 5,
+  "pooled_examples": 40,
+  "checkpoint_every": 0,
+  "progress": False,
+}
+
+
+def small(method, seed):
+  return Config(algorithm=method, seed=seed, data_dir="/somewhere", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+  root = tmp_path_factory.mktemp("compared")
+  configs = methods.plan(["local", "fedavg"], [0, 1], small)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report, "write", lambda workdir: None)  # the pages of the runs are tested elsewhere
+    outcome = methods.compare(root, configs, pairs=[("local", "fedavg")], best_round=True)
+  assert not outcome.failed and list(outcome.summaries) == ["local-0", "fedavg-0", "local-1", "fedavg-1"]
+  return root, outcome, configs
+
+
+def test_the_numbers_are_those_of_the_runs(compared):
+  root, _, _ = compared
+  results = json.loads((root / "results.json").read_text())
+  for method in ("local", "fedavg"):
+    own, pooled, best, down = [], [], [], []
+    for seed in (0, 1):
+      rows = list(csv.DictReader((root / f"{method}-{seed}" / "clients.csv").open()))
+      own.append(np.mean([float(row["personal_accuracy"]) for row in rows]))
+      pooled.append(np.mean([float(row["pooled_accuracy"]) for row in rows]))
+      lines = (root / f"{method}-{seed}" / "metrics.jsonl").read_text().splitlines()
+      best.append(max(json.loads(line)["personal_accuracy"] for line in lines))
+      down.append(json.loads((root / f"{method}-{seed}" / "summary.json").read_text())["cost"]["bytes_down"])
+    found = results["methods"][method]
+    for name, want in (("own: all", own), ("pooled: personal", pooled), ("best test round", best), ("down", down)):
+      assert found[name]["mean"] == pytest.approx(statistics.mean(want), abs=1e-6)
+      assert found[name]["std"] == pytest.approx(statistics.stdev(want), abs=1e-6)
+      assert list(found[name]["seeds"]) == ["0", "1"]
+    assert found["rounds"]["mean"] > 0
+  assert results["methods"]["local"]["own: global model"] == {
+    "mean": None,
+    "std": None,
+    "seeds": {"0": None, "1": None},
+  }
+  pair = results["pairs"][0]
+  by_seed = {m: list(results["methods"][m]["own: all"]["seeds"].values()) for m in ("local", "fedavg")}
+  assert pair["mean"] == metrics.paired(by_seed["local"], by_seed["fedavg"]).mean
+
+
+def test_the_table_says_what_was_found_and_how(compared):
+  root, _, _ = compared
+  text, results = (root / "table.md").read_text(), json.loads((root / "results.json").read_text())
+  lines = [line for line in text.splitlines() if line.startswith("| ")]
+  cells = {row[1]: row for row in ([cell.strip() for cell in line.split("|")] for line in lines)}
+  assert list(cells)[:5] == ["method", "**global**", "fedavg", "**bounds**", "local"]
+  number = results["methods"]["fedavg"]["own: all"]
+  at = cells["method"].index("own: all")
+  assert cells["fedavg"][at] == f"{100 * number['mean']:.1f} ± {100 * number['std']:.1f}"
+  assert cells["local"][cells["method"].index("own: global model")] == "–"
+  assert "best test round" in cells["method"] and "local - fedavg" in cells
+  for wanted in ("--dataset=fast", "--data_dir=DIR", "seeds: 0, 1", "numpy ", "in 4 of 4 runs"):
+    assert wanted in text
+  assert "/somewhere" not in text and "--seed=" not in text
+  page = (root / "table.html").read_text()
+  assert "data:image/png;base64," in page and "http" not in page and cells["fedavg"][at] in page
+  assert (root / "accuracy.png").stat().st_size > 10_000
+
+
+def test_the_same_again_computes_nothing_and_tells_what_is_missing(compared, monkeypatch):
+  root, _, configs = compared
+
+  def broken(config):
+    raise InputError("no more of this")
+
+  monkeypatch.setattr(job, "run", broken)
+  more = configs | methods.plan(["fedper"], [0], small)
+  outcome = methods.compare(root, more)
+  assert list(outcome.summaries) == list(configs) and list(outcome.failed) == ["fedper-0"]
+  text = (root / "table.md").read_text()
+  assert "missing: fedper-0 (no more of this)" in text and "in 4 of 5 runs" in text and "Pairs" not in text
+
+
+def test_budgets_are_equal_and_seeds_share_a_federation():
+  configs = methods.plan(["fedavg", "fedprox"], [3, 4], small)
+  assert list(configs) == ["fedavg-3", "fedprox-3", "fedavg-4", "fedprox-4"]
+  lines = [{x for x in c.lines() if not re.match("--(algorithm|fedprox_mu)=", x)} for c in configs.values()]
+  assert lines[0] == lines[1] != lines[2] == lines[3]
+
+
+@pytest.mark.parametrize(
+  ("pairs", "best_round", "words"),
+  [([("fedavg", "gpfl")], False, "pairs: got 'gpfl'"), ([], True, "--personalize_every")],
+)
+def test_what_cannot_be_told_is_refused_before_anything_runs(pairs, best_round, words, tmp_path):
+  configs = {"fedavg-0": Config(algorithm="fedavg")}
+  with pytest.raises(InputError, match=words):
+    methods.compare(tmp_path / "root", configs, pairs=pairs, best_round=best_round)
+  assert not (tmp_path / "root").exists()
+
+
+def test_lists_are_parsed():
+  assert methods.parse_methods("all") == list(algorithms.METHODS)
+  assert methods.parse_methods(" fedper, fedavg,fedper") == ["fedper", "fedavg"]
+  assert methods.parse_seeds("2, 0,2") == [2, 0]
+  assert methods.parse_pairs("") == []
+  assert methods.parse_pairs("knn_per:fedavg,gpfl:fedper") == [("knn_per", "fedavg"), ("gpfl", "fedper")]
+
+
+@pytest.mark.parametrize(
+  ("parse", "text", "words"),
+  [
+    (methods.parse_methods, "", "methods: got '', accepted are all"),
+    (methods.parse_methods, "fedavg,nope", "methods: got 'nope', accepted are all"),
+    (methods.parse_methods, ",", "methods: got ','"),
+    (methods.parse_seeds, "", "seeds: got ''"),
+    (methods.parse_seeds, "0,one", "seeds: got 'one', accepted are whole numbers"),
+    (methods.parse_seeds, "-1", "seeds: got '-1'"),
+    (methods.parse_pairs, "fedavg", "pairs: got 'fedavg', accepted are pairs"),
+    (methods.parse_pairs, "a:b:c", "pairs: got 'a:b:c'"),
+  ],
+)
+def test_bad_lists_are_refused_in_a_line(parse, text, words):
+  with pytest.raises(InputError, match=re.escape(words)) as caught:
+    parse(text)
+  assert "\n" not in str(caught.value)
+
+
+def test_the_binary_lists_and_tells_of_failures(tmp_path):
+  (tmp_path / "fedprox-5").mkdir()
+  (tmp_path / "fedprox-5" / "flags.txt").write_text("--algorithm=another\n")
+  command = [sys.executable, "-m", "experiments.methods", f"--output={tmp_path}", "--seeds=5", "--fedprox_mu=0.5"]
+  call = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+  listed = call("--methods=fedavg,fedprox", "--dry_run", "--dataset=fast")
+  assert listed.returncode == 0 and not listed.stderr
+  first, second = listed.stdout.splitlines()
+  assert first == "fedavg-5" and second.startswith("fedprox-5  cannot run: workdir: ")
+  failed = call("--methods=fedprox", "--progress=false")
+  assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1
+  assert failed.stderr.startswith("error: fedprox-5: workdir: ")
+  refused = call("--methods=fedavg,nope")
+  assert refused.returncode == 2 and refused.stderr.startswith("error: methods: got 'nope'")
+
+
+def test_spreads_leave_out_what_is_not_known():
+  assert methods.spread([]) == (None, None)
+  assert methods.spread([math.nan, 2.0]) == (2.0, None)
+  assert methods.spread([1.0, math.nan, 4.0]) == (2.5, pytest.approx(math.sqrt(4.5)))
+
+
+def test_help_lists_every_method_under_its_group():
+  lines = config.table_of_methods().splitlines()
+  assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == list(algorithms.grouped())
+  assert sorted(line.split()[0] for line in lines if line.startswith(" ")) == sorted(algorithms.METHODS)
+
+
+def test_a_picture_for_one_method_or_many():
+  points = [plots.Point(f"m{i}", "global" if i % 2 else "of ours", [0.1 * i, 0.2], [0.5, 0.6]) for i in range(5)]
+  for some in (points, points[:1], [plots.Point("one", "bounds", [0.5], [0.5])]):
+    assert plots.compare(some, "x", "y").startswith(b"\x89PNG")
+
+
+def test_text_in_grids_is_escaped():
+  grid = tables.Grid(["a", "b"], [["group"], ["x|y", "<b>"]])
+  assert tables.markdown(grid).splitlines() == ["| a | b |", "|---|---|", "| **group** |  |", "| x\\|y | <b> |"]
+  page = html.page("<title>", [html.Section("One & two", "", grid), html.Section("Facts", "why", {"k": "<v>"})])
+  assert "&lt;b&gt;" in page and "<b>" not in page and "One &amp; two" in page and '<th colspan="2">group</th>' in page
