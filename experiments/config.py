@@ -20,7 +20,7 @@ from apfl_jax.settings import Limits, checked
 from apfl_jax.training.augment import AUGMENTATIONS
 
 _PLACES = ("auto", *simulation.PLACES)
-PARTITIONS = ("iid", "dirichlet", "pathological")
+PARTITIONS = ("iid", "dirichlet", "pathological", "clustered")
 # May differ when a run is continued.
 _NOT_OF_A_RUN = ("workdir", "progress", "data_on", "client_state", "memory_limit")
 
@@ -43,6 +43,7 @@ class Config:
   partition: str = _setting("dirichlet", "how examples are shared out", choices=PARTITIONS)
   alpha: float = _setting(0.1, "Dirichlet concentration: small is skewed", above=0)
   classes_per_client: int = _setting(2, "of the pathological partition", least=1)
+  clusters: int = _setting(5, "of clients that hold the same classes, of the clustered partition", least=1)
   min_size: int = _setting(16, "least examples of a client", least=2)
   monopolistic_classes: int = _setting(2, "classes that only clients which drop hold", least=0)
   dropout: str = _setting("cold", f"processes of availability, comma-separated: {', '.join(PROCESSES)}")

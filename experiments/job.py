@@ -233,6 +233,7 @@ def _partition(
     "iid": data.partition.iid,
     "dirichlet": partial(data.partition.dirichlet, alpha=config.alpha),
     "pathological": partial(data.partition.pathological, classes_per_client=config.classes_per_client),
+    "clustered": partial(data.partition.clustered, clusters=config.clusters),
   }
   return splits[config.partition](
     labels,

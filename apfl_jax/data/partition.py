@@ -157,6 +157,50 @@ def pathological(
   return _draw(labels, (held * (each + (place < more))).T, rng)
 
 
+def clustered(
+  labels: np.ndarray,
+  num_clients: int,
+  *,
+  rng: np.random.Generator,
+  clusters: int,
+  allowed: np.ndarray | None = None,
+  min_size: int = 2,
+  examples_per_client: int = 0,
+) -> Partition:
+  """Clusters of clients that hold the same classes, each cluster others, evenly (the setting of FL-FDMS [C]).
+
+  Client i is in cluster i mod `clusters`; which classes a cluster holds is drawn. With fewer classes than clusters some
+  clusters hold the same class.
+
+  Args:
+    labels: int [M].
+    num_clients: N.
+    rng: consumed.
+    clusters: from 1 to N.
+    allowed: bool [C, N]; None allows everything.
+    min_size: as in `iid`.
+    examples_per_client: as in `iid`; spread over the client's classes as they are in the data.
+
+  Raises:
+    InputError: `clusters` out of range, a client that `allowed` leaves none of its cluster's classes, or as in `iid`.
+  """
+  if not 1 <= clusters <= num_clients:
+    raise InputError(f"clusters: got {clusters}, accepted are 1 to num_clients={num_clients}")
+  allowed = _check(labels, num_clients, allowed, min_size, examples_per_client)
+  present = rng.permutation(np.flatnonzero(np.bincount(labels, minlength=len(allowed))))
+  turn = np.arange(max(clusters, len(present)))
+  held = np.zeros_like(allowed)
+  for label, cluster in zip(np.resize(present, len(turn)), turn % clusters, strict=True):
+    held[label, cluster::clusters] = True
+  held &= allowed
+  if not held.any(0).all() or not held[present].any(1).all():
+    raise InputError(
+      f"clusters: got {clusters}, in which a client or a class has no counterpart under the monopolistic classes;"
+      " accepted is another number, or no monopolistic classes"
+    )
+  return iid(labels, num_clients, rng=rng, allowed=held, min_size=min_size, examples_per_client=examples_per_client)
+
+
 def monopolistic(num_classes: int, holders: np.ndarray, classes: np.ndarray) -> np.ndarray:
   """The mask bool [C, N] under which only `holders` (bool [N]) may hold `classes` (int [m]).
 

@@ -107,6 +107,23 @@ def test_drawn_clients_have_exactly_their_number(problem, method, number):
     assert np.ptp(used[alike == kind]) <= 1
 
 
+@pytest.mark.parametrize("examples_per_client", [0, 9])
+@pytest.mark.parametrize("clusters", [1, 3, 5, 14])
+def test_clusters_share_classes_and_hold_all_of_them(clusters, examples_per_client):
+  labels = np.repeat(np.arange(10), 60)
+  rng = np.random.default_rng(3)
+  made = lib.clustered(labels, 28, rng=rng, clusters=clusters, examples_per_client=examples_per_client)
+  held = _counts(made, labels, 10) > 0
+  assert held.any(0).all()
+  cluster = np.arange(28) % clusters
+  sets = [held[cluster == c].any(0) for c in range(clusters)]
+  assert [s.sum() for s in sets] == [len(range(c, max(clusters, 10), clusters)) for c in range(clusters)]
+  if clusters <= 10:
+    np.testing.assert_array_equal(sum(s.astype(int) for s in sets), 1)
+  if not examples_per_client:
+    assert all(np.ptp(made.sizes[cluster == c]) <= sets[c].sum() for c in range(clusters))  # evenly within a cluster
+
+
 def test_pathological_is_balanced_and_has_exactly_two_classes():
   labels = np.repeat(np.arange(10), 600)
   counts = _counts(lib.pathological(labels, 100, rng=np.random.default_rng(0), classes_per_client=2), labels, 10)
@@ -228,6 +245,7 @@ _RNG = np.random.default_rng(0)
     (lambda: lib.iid(_LABELS, 21, rng=_RNG), "21 clients of at least 2 examples need 42, there are 40"),
     (lambda: lib.iid(_LABELS, 4, rng=_RNG, min_size=-1), "min_size"),
     (lambda: lib.iid(_LABELS[:0], 4, rng=_RNG), "no examples"),
+    (lambda: lib.clustered(_LABELS, 4, rng=_RNG, clusters=5), "clusters: got 5"),
     (lambda: lib.pathological(_LABELS, 4, rng=_RNG, classes_per_client=0), "classes_per_client: got 0"),
     (lambda: lib.pathological(_LABELS, 4, rng=_RNG, classes_per_client=5), "accepted are 1 to 4"),
     (lambda: lib.pathological(_LABELS, 3, rng=_RNG, classes_per_client=1), "cannot hold all 4 classes"),
