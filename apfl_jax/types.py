@@ -66,11 +66,14 @@ class Data(NamedTuple):
     store: the examples.
     train: Span [].
     validation: Span [].
+    logit_offset: float32 [C], what losses on its real data add to logits, -inf outside the classes of their softmax; or
+      None for nothing. Batches carry it, so that a method need not know of it.
   """
 
   store: Store
   train: Span
   validation: Span
+  logit_offset: Array | None = None
 
 
 class Visit(NamedTuple):

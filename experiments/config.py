@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from apfl_jax import algorithms, nn, semantics, simulation
+from apfl_jax import algorithms, nn, semantics, simulation, training
 from apfl_jax.errors import InputError
 from apfl_jax.files import cache_dir
 from apfl_jax.population import PROCESSES
@@ -57,6 +57,18 @@ class Config:
   learning_rate: float = _setting(0.05, "of local SGD", above=0)
   weighting: str = _setting("examples", "what a client counts by", choices=("examples", "uniform"))
   augment: str = _setting("shift", "of clients' training examples, for every method", choices=AUGMENTATIONS)
+  softmax_mask: str = _setting(
+    "none",
+    "softmax of losses on a client's real data, for every method: over all classes; those of the client and of the"
+    " clients present; the client's own",
+    choices=training.SOFTMAX_MASKS,
+  )
+  readout: str = _setting(
+    "plain",
+    "for every method; prior: balanced softmax on clients, and a client's log label prior is added where its own test"
+    " examples are scored, which needs that prior at test time",
+    choices=training.READOUTS,
+  )
   model: str = _setting("cnn_small", "classifier", choices=nn.MODELS)
   head: str = _setting("auto", "classifier's head; auto is what the method's paper has", choices=("auto", *nn.HEADS))
   embeddings: str = _setting("attributes", "of class names", choices=semantics.KINDS)

@@ -138,6 +138,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     cohort_size=config.cohort_size or config.num_clients,
     chunk=min(10, config.rounds),
     versions=config.versions,
+    softmax_mask=config.softmax_mask,
+    readout=config.readout,
     how=config.client_map,
     mesh=mesh,
   )
@@ -400,6 +402,8 @@ def _summary(
     "alpha": config.alpha if config.partition == "dirichlet" else None,
     "dropout": config.dropout,
     "drop_rate": config.drop_rate,
+    "softmax_mask": config.softmax_mask,
+    "readout": config.readout,
     "class_names": list(job.dataset.class_names),
     "monopolistic_classes": monopolistic.tolist(),
     "seconds": round(sum(row["seconds"] for row in spent), 3),

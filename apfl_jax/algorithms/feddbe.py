@@ -76,7 +76,7 @@ def feddbe(task: Task, *, kappa: Weight = 1.0) -> Algorithm:
     def loss(debiased, batch):
       features, _ = model.base(debiased.params.base, batch.images)
       logits = model.head(debiased.params.head, features + debiased.bias)
-      fit = training.batch_mean(training.cross_entropy(logits, batch.targets), batch)
+      fit = training.batch_mean(training.batch_cross_entropy(logits, batch), batch)
       apart = 0.5 * jnp.mean((mean_of(features, batch) - shared.consensus) ** 2)
       return fit + jnp.where(shared.known, kappa * apart, 0.0)
 

@@ -12,7 +12,8 @@ generator; the target of the KL term is a constant; labels are one-hot; Adam wit
 round. What differs: features are those of the classifier (there a layer of 32 units), not negative; LayerNorm in place
 of BatchNorm, because a generator must not depend on who is in its batch; z is normal as in the paper (uniform in the
 code); the histogram is of a client's training examples (there of what its batches happened to hold); the synthetic
-batch is as large as the real one; no adversarial term, which is off there.
+batch is as large as the real one; no adversarial term, which is off there. The KL term compares two answers to the same
+real example, so under `--softmax_mask` and `--readout` both are offset alike; the labelled synthetic term is as it was.
 
 A trap: their alpha and beta of 10 go with a client's rate of .01. At the rates of .05 to .1 that are usual here such
 steps wreck the head; the defaults of 1 keep the product (PFLlib's alpha is 1 too, its beta 0 [C]).
@@ -125,9 +126,11 @@ def fedgen(
       answer = lambda key, label: model.head(params.head, generator.apply(shared.generator, noise(key), label))
 
       logits = training.predict(model, params, batch.images).logits
-      target = jax.lax.stop_gradient(jax.nn.softmax(answer(second_key, batch.targets)))
-      gap = training.cross_entropy(logits, target) - training.cross_entropy(jnp.log(target + 1e-12), target)
-      real = training.batch_mean(training.cross_entropy(logits, batch.targets) + distilled * gap, batch)
+      offset = 0.0 if batch.logit_offset is None else batch.logit_offset
+      target = jax.lax.stop_gradient(jax.nn.softmax(answer(second_key, batch.targets) + offset))
+      entropy = training.cross_entropy(jnp.log(target + 1e-12), target)
+      gap = training.batch_cross_entropy(logits, batch._replace(targets=target)) - entropy
+      real = training.batch_mean(training.batch_cross_entropy(logits, batch) + distilled * gap, batch)
       return real + labelled * jnp.mean(training.cross_entropy(answer(first_key, other), other))
 
     steps = training.num_steps(task.sgd, data.train.size, visit.work)

@@ -11,6 +11,9 @@ the model still trains [C], here after it has [O]; there a class that nobody upl
 here it keeps the last one [O]. An example of a class without prototype has no second term. A class that never had one
 is answered by the client's own mean, if it holds that class [O]: the server has never seen a monopolist's classes.
 All clients start from one model, so that features mean the same everywhere. There is no global model.
+With `--readout=prior` (or a softmax mask) logits are log-likelihoods up to a constant, -F mean_F (b(x) - c_j)^2 / 2 s:
+Gaussians about the prototypes, isotropic, s the variance of the client's training examples about theirs [O]. The log
+prior added to them is Bayes' rule; without it the nearest prototype wins as before.
 """
 
 from typing import NamedTuple
@@ -24,6 +27,7 @@ from apfl_jax.types import Algorithm, Array, Download, Params, Prediction, Task,
 
 _BLOCK = 64
 _NO_PROTOTYPE = 1e6  # the squared distance of a class that has none
+_LEAST_VARIANCE = 1e-6
 
 
 class Prototypes(NamedTuple):
@@ -51,10 +55,17 @@ class Server(NamedTuple):
 
 
 class Prototyped(NamedTuple):
-  """A personal model: features and what to compare them with."""
+  """A personal model: features and what to compare them with.
+
+  Attributes:
+    params: base and head.
+    prototypes: of all classes, as far as there are any.
+    precision: what a mean squared distance is multiplied by, float32 [].
+  """
 
   params: Params
   prototypes: Prototypes
+  precision: Array
 
 
 def fedproto(task: Task, *, prototype_weight: Weight = 1.0) -> Algorithm:
@@ -80,8 +91,8 @@ def fedproto(task: Task, *, prototype_weight: Weight = 1.0) -> Algorithm:
       features, _ = model.base(params.base, batch.images)
       distance = _squared_distance(features, prototypes)  # [B, C]
       near = jnp.sum(jnp.where(prototypes.known, batch.targets * distance, 0.0), axis=-1)
-      each = training.cross_entropy(model.head(params.head, features), batch.targets) + prototype_weight * near
-      return training.batch_mean(each, batch)
+      fit = training.batch_cross_entropy(model.head(params.head, features), batch)
+      return training.batch_mean(fit + prototype_weight * near, batch)
 
     return loss
 
@@ -96,6 +107,17 @@ def fedproto(task: Task, *, prototype_weight: Weight = 1.0) -> Algorithm:
 
     nothing = jnp.zeros((task.num_classes, feature_size(params))), jnp.zeros(task.num_classes)
     return jax.lax.fori_loop(0, (data.train.size + _BLOCK - 1) // _BLOCK, add, nothing)
+
+  def variance(params, prototypes, data):
+    """Mean squared distance of the client's training examples to their prototypes, float32 []; 1 without examples."""
+
+    def add(i, total):
+      batch = training.gather(data.store, data.train, i * _BLOCK + jnp.arange(_BLOCK), task.num_classes)
+      distance = _squared_distance(model.base(params.base, batch.images)[0], prototypes)
+      return total + jnp.sum(jnp.where(batch.mask[:, None] > 0, batch.targets * distance, 0.0))
+
+    total = jax.lax.fori_loop(0, (data.train.size + _BLOCK - 1) // _BLOCK, add, jnp.zeros(()))
+    return jnp.where(data.train.size > 0, jnp.maximum(total / jnp.maximum(data.train.size, 1), _LEAST_VARIANCE), 1.0)
 
   def local_update(download, client, data, visit, key):
     loss = prototype_loss(download.shared.prototypes)
@@ -119,12 +141,16 @@ def fedproto(task: Task, *, prototype_weight: Weight = 1.0) -> Algorithm:
     params = training.fine_tune(task, prototype_loss(prototypes), client, data, task.sgd.personal_steps, key)
     total, count = own_features(params, data)
     own = total / jnp.maximum(count, 1.0)[:, None]
-    return Prototyped(params, Prototypes(jnp.where(known[:, None], mean, own), known | (count > 0)))
+    prototypes = Prototypes(jnp.where(known[:, None], mean, own), known | (count > 0))
+    if data.logit_offset is None:
+      return Prototyped(params, prototypes, jnp.float32(1.0))
+    return Prototyped(params, prototypes, 0.5 * mean.shape[1] / variance(params, prototypes, data))
 
   def predict(personal, images):
     features, _ = model.base(personal.params.base, images)
     distance = _squared_distance(features, personal.prototypes)
-    return Prediction(-jnp.where(personal.prototypes.known, distance, _NO_PROTOTYPE), features)
+    distance = personal.precision * jnp.where(personal.prototypes.known, distance, _NO_PROTOTYPE)
+    return Prediction(-distance, features)
 
   return Algorithm(
     init=init,

@@ -8,6 +8,8 @@ b and g are averaged by `--weighting`, p_i stays on the client; sg stops the gra
 log 0: it takes no part in the client's softmax. As in PFLlib p_i is linear, the paper's variant without a hypernetwork
 [C]. PFLlib starts p_i as a copy of the generic head [C], so that the first answer is the generic one doubled; here it
 starts at zero [O], and a client that never took part answers generically until it has trained p_i on its own data.
+The generic loss is balanced and over the client's own classes by itself, so `--readout` and `--softmax_mask` reach the
+personal loss alone: with `--readout=prior` nothing is added twice.
 """
 
 from typing import NamedTuple
@@ -44,7 +46,7 @@ def fedrod(task: Task) -> Algorithm:
 
   def personal_loss(generic_logits, personal_logits, batch):
     both = jax.lax.stop_gradient(generic_logits) + personal_logits
-    return training.batch_mean(training.cross_entropy(both, batch.targets), batch)
+    return training.batch_mean(training.batch_cross_entropy(both, batch), batch)
 
   def local_update(download, client, data, visit, key):
     shared = download.shared

@@ -117,7 +117,7 @@ def gpfl(task: Task, *, lambda_level: Weight = 0.01, decay: Weight = 0.1) -> Alg
     return counts / jnp.maximum(jnp.sum(counts), 1.0) @ shared.embeddings
 
   def mean_loss(logits, batch):
-    return training.batch_mean(training.cross_entropy(logits, batch.targets), batch)
+    return training.batch_mean(training.batch_cross_entropy(logits, batch), batch)
 
   def round_loss(received, context):
     general = jnp.mean(received.embeddings, axis=0)  # g

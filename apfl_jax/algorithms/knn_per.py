@@ -8,6 +8,10 @@ The distance is the squared one, which is what the official code's index returns
 avoided (method 3.1 [C]): its script sweeps lambda and capacity on test data; here lambda_m is the point of a grid with
 the least cross-entropy on the client's validation examples, and the setting `share` where it has none. A client with
 more examples than the datastore takes stores a random subset. It costs no SGD step: `personal_steps` are not spent.
+
+Logits are log p_m. p_kNN holds the client's prior p by its nature, theta under `--readout=prior` does not: there a
+neighbour's vote counts 1 / p(y_j), so that log p_m + log p is again an answer for the client's own distribution; by its
+likelihood, over all classes, lambda_m is chosen [O].
 """
 
 from typing import Annotated, NamedTuple
@@ -32,11 +36,13 @@ class Memory(NamedTuple):
     keys: float32 [A, F], features.
     labels: float32 [A, C], one-hot.
     stored: bool [A], which rows hold an example.
+    votes: float32 [A], what a neighbour counts beside its kernel.
   """
 
   keys: Array
   labels: Array
   stored: Array
+  votes: Array
 
 
 class Memorizing(NamedTuple):
@@ -85,12 +91,16 @@ def knn_per(
       row = i * _BLOCK + jnp.arange(_BLOCK)
       position = jnp.where(row < size, random.permute(order, row, data.train.size), data.train.size)
       batch = training.gather(data.store, data.train, position, num_classes)
-      new = Memory(model.base(params.base, batch.images)[0], batch.targets, batch.mask > 0)
+      votes = jnp.ones(_BLOCK)
+      if data.logit_offset is not None:
+        votes /= jnp.sum(batch.targets * jnp.exp(data.logit_offset), axis=-1)
+      new = Memory(model.base(params.base, batch.images)[0], batch.targets, batch.mask > 0, votes)
       return jax.tree.map(lambda all, x: all.at[row].set(x, mode="drop"), memory, new)
 
     images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
     features = jax.eval_shape(lambda images: model.base(params.base, images)[0], images).shape[-1]
-    empty = Memory(jnp.zeros((capacity, features)), jnp.zeros((capacity, num_classes)), jnp.zeros(capacity, bool))
+    nothing = jnp.zeros(capacity)
+    empty = Memory(jnp.zeros((capacity, features)), jnp.zeros((capacity, num_classes)), nothing > 0, nothing)
     return jax.lax.fori_loop(0, (size + _BLOCK - 1) // _BLOCK, add, empty)
 
   def remembered(memory, features):
@@ -101,7 +111,7 @@ def knn_per(
     found = memory.stored[nearest]
     # Relative to the nearest: far from all examples every kernel would round to zero.
     closeness = (negative - jnp.max(negative, axis=-1, keepdims=True)) / (features.shape[-1] * scale)
-    kernel = jnp.where(found, jnp.exp(jnp.where(found, closeness, 0.0)), 0.0)
+    kernel = jnp.where(found, memory.votes[nearest] * jnp.exp(jnp.where(found, closeness, 0.0)), 0.0)
     total = jnp.sum(kernel, axis=-1, keepdims=True)
     return jnp.einsum("bk,bkc->bc", kernel / jnp.maximum(total, _LEAST), memory.labels[nearest])
 
@@ -115,8 +125,11 @@ def knn_per(
     def add(i, total):
       batch = training.gather(data.store, data.validation, i * _BLOCK + jnp.arange(_BLOCK), num_classes)
       near, global_, _ = both(params, memory, batch.images)
-      near, global_ = jnp.sum(batch.targets * near, axis=-1), jnp.sum(batch.targets * global_, axis=-1)
-      likely = jnp.log(jnp.maximum(shares[:, None] * near + (1 - shares[:, None]) * global_, _LEAST))
+      mixed = lambda near, global_: jnp.maximum(shares[:, None] * near + (1 - shares[:, None]) * global_, _LEAST)
+      likely = jnp.log(mixed(jnp.sum(batch.targets * near, axis=-1), jnp.sum(batch.targets * global_, axis=-1)))
+      if data.logit_offset is not None:  # p(y) of the label itself is the same for every share
+        prior = jnp.exp(data.logit_offset)
+        likely -= jnp.log(mixed(near @ prior, global_ @ prior))
       return total + jnp.sum(jnp.where(batch.mask > 0, likely, 0.0), axis=-1)
 
     blocks = (data.validation.size + _BLOCK - 1) // _BLOCK

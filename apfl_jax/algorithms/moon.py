@@ -41,7 +41,7 @@ def moon(task: Task, *, mu: Weight = 1.0, tau: Positive = 0.5) -> Algorithm:
         _cosine(prediction.features, task.model.base(other.base, batch.images)[0]) for other in (start, last)
       )
       contrast = jax.nn.softplus((to_last - to_global) / tau)
-      return training.batch_mean(training.cross_entropy(prediction.logits, batch.targets) + mu * contrast, batch)
+      return training.batch_mean(training.batch_cross_entropy(prediction.logits, batch) + mu * contrast, batch)
 
     steps = training.num_steps(task.sgd, data.train.size, visit.work)
     params = training.local_sgd(task, loss, start, data, steps, key)

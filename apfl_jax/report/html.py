@@ -196,6 +196,7 @@ def _setting(run: runs.Run) -> str:
     tables.counted(summary["num_clients"], "client") + (f", {dropped:,} of them dropped" if dropped else ""),
     f"partition: {partition}" if partition else "",
     f"dropout: {summary['dropout']}" if summary.get("dropout") else "",
+    f"softmax mask: {summary['softmax_mask']}" if summary.get("softmax_mask", "none") != "none" else "",
     tables.counted(summary["rounds"], "round"),
     f"seed {summary['seed']}",
     f"accuracies of {scored:,} of the clients" if scored < run.clients.id.size else "",
@@ -209,6 +210,8 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     notes.append(
       '<p class="note"><strong>This run did not finish</strong>; the numbers are those of its last evaluation.</p>'
     )
+  if summary.get("readout") == "prior":
+    notes.append(f'<p class="note">{html.escape(tables.PRIOR)}</p>')
   if summary["algorithm"] == "ap_fl":
     notes.append(
       '<p class="note">ap_fl is AP-FL, <a href="https://arxiv.org/abs/2503.00407">arXiv 2503.00407</a>: personal '

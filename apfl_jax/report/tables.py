@@ -5,6 +5,10 @@ from typing import Any, NamedTuple
 
 GROUPS = (("own test examples", 5), ("pooled test", 2))
 COLUMNS = ("all", "dropped", "present", "monopolists", "worst 10 %", "all", "dropped")
+PRIOR = (  # under every table of such a run
+  "Own test examples are read out with the client's log label prior (--readout=prior), so that prior\n"
+  "must be known at test time; pooled ones are read out without it."
+)
 _OWN_KEYS = ("mean", "dropped", "present", "monopolists", "worst_decile")
 _WIDEST = 100
 _WIDEST_NAME = 30
@@ -108,5 +112,6 @@ def table(summary: dict[str, Any]) -> str:
       "  ".join(header),
       line("", list(COLUMNS)),
       *(line(name, [percent(value) for value in row.values]) for name, row in zip(names, found, strict=True)),
+      *([PRIOR] if summary.get("readout") == "prior" else []),
     ]
   )

@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from apfl_jax import population, random
+from apfl_jax import population, random, training
 from apfl_jax.random import Purpose
+from apfl_jax.settings import Limits, checked
 from apfl_jax.simulation.client_map import client_map, lanes_of, resolve
 from apfl_jax.simulation.cohort import draw_cohort
-from apfl_jax.training import evaluate
 from apfl_jax.types import (
   Algorithm,
   Array,
   Data,
   Download,
   Federation,
+  Prediction,
   Process,
   PyTree,
   Received,
@@ -67,7 +68,8 @@ class Scores(NamedTuple):
   """How R clients' models, or one model for R clients, do.
 
   Attributes:
-    own: int32 [R, C, C], confusion matrices on each client's own test examples.
+    own: int32 [R, C, C], confusion matrices on each client's own test examples; where the read-out is `prior`, with the
+      client's log label prior added to the logits.
     pooled: int32 [R, C, C], on the pooled test examples.
   """
 
@@ -86,7 +88,9 @@ class Simulator(NamedTuple):
     score_global: (state, inputs, rows [R], ok [R]) -> Scores of the global model, `pooled` left at zeros.
     score_pooled: (state, inputs, classes bool [C]) -> int32 [C, C], the global model on the pooled test examples,
       answering with one of these classes only.
-    score_personal: (state, inputs, rows [R], ok [R]) -> Scores of the personal models, which are made and dropped.
+    score_personal: (state, inputs, rows [R], ok [R], classes bool [C] or None) -> Scores of the personal models, which
+      are made and dropped. `classes` are those that clients present hold; only the softmax mask `present` needs them.
+    present: (state of the population process, seed, settings, round) -> bool [N] by id, who is there; for scoring.
     place: pytree -> the same on all devices of the mesh, where `inputs` and a state of other origin must be.
     shaped: pytree -> the shapes of what `place` makes of it.
     mesh: see `client_map`.
@@ -95,6 +99,7 @@ class Simulator(NamedTuple):
     cohort_size: K.
     population_size: N.
     num_classes: C.
+    softmax_mask: one of `training.SOFTMAX_MASKS`.
     has_global_model: whether the method has one.
   """
 
@@ -103,7 +108,8 @@ class Simulator(NamedTuple):
   schedule: Callable[[PyTree, Array, PyTree, Array, Array], tuple[PyTree, Array, Array]]
   score_global: Callable[[State, Inputs, Array, Array], Scores]
   score_pooled: Callable[[State, Inputs, Array], Array]
-  score_personal: Callable[[State, Inputs, Array, Array], Scores]
+  score_personal: Callable[..., Scores]
+  present: Callable[[PyTree, Array, PyTree, Array], Array]
   place: Callable[[PyTree], PyTree]
   shaped: Callable[[PyTree], PyTree]
   mesh: Mesh | None
@@ -112,6 +118,7 @@ class Simulator(NamedTuple):
   cohort_size: int
   population_size: int
   num_classes: int
+  softmax_mask: str
   has_global_model: bool
 
 
@@ -124,6 +131,8 @@ def simulator(
   cohort_size: int,
   chunk: int = 10,
   versions: int = 1,
+  softmax_mask: str = "none",
+  readout: str = "plain",
   how: str = "auto",
   mesh: Mesh | None = None,
 ) -> Simulator:
@@ -137,9 +146,18 @@ def simulator(
     cohort_size: K, clients computed a round.
     chunk: rounds a dispatch, at most.
     versions: H, server versions kept; a client whose delay is not smaller does not arrive.
+    softmax_mask: classes of the softmax in losses on a client's real data: 'none' all; 'present' its own and those that
+      clients of the round's cohort hold, or, when it is personalised, all clients that are there; 'own' its own.
+    readout: 'plain', or 'prior': these losses add the client's log label prior to the logits, and so do answers for its
+      own test examples; those for pooled ones do not.
     how: see `client_map.resolve`.
     mesh: see `client_map`.
+
+  Raises:
+    InputError: another mask or read-out.
   """
+  checked("softmax_mask", softmax_mask, str, Limits(choices=training.SOFTMAX_MASKS))
+  checked("readout", readout, str, Limits(choices=training.READOUTS))
   over_clients = partial(client_map, how=how, mesh=mesh)
   kind, width = resolve(how)
   everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
@@ -158,6 +176,23 @@ def simulator(
       x.shape, x.dtype, sharding=everywhere, weak_type=getattr(x, "weak_type", False)
     )
     return jax.tree.map(like, tree)
+
+  def counts_of(federation: Federation, row: Array) -> Array:
+    return training.label_histogram(federation.store, _at(federation.train, row), num_classes)
+
+  def data_of(federation: Federation, row: Array, present: Array | None) -> Data:
+    data = Data(federation.store, _at(federation.train, row), _at(federation.validation, row))
+    if softmax_mask == "none" and readout == "plain":
+      return data
+    offset = training.logit_offset(counts_of(federation, row), present, softmax_mask, readout)
+    return data._replace(logit_offset=offset)
+
+  def classes_held(federation: Federation, rows: Array, ok: Array) -> Array | None:
+    """bool [C]: what these clients hold together; None where nobody asks."""
+    if softmax_mask != "present":
+      return None
+    held = lambda federation, row: ((counts_of(federation, row) > 0).astype(jnp.int32), ())
+    return over_clients(held)(federation, rows, ok)[0] > 0
 
   def init(inputs: Inputs) -> State:
     algorithm, process = build(inputs.settings)
@@ -194,14 +229,15 @@ def simulator(
 
     # All that a client's function reads comes through `shared`: what it would close over is not on every device.
     def client(shared, item):
-      inputs, history = shared
+      inputs, history, present = shared
       algorithm, _ = build(inputs.settings)
       slot, own, row, visit, client, arrives = item
       download = Download(jax.tree.map(lambda h: h[slot], history), own)
       new = algorithm.init_client(download, random.key(inputs.seed, Purpose.CLIENT, visit.id))
       client = jax.tree.map(lambda a, b: jnp.where(visit.times == 0, a, b), new, client)
       key = random.key(inputs.seed, Purpose.LOCAL_UPDATE, visit.round, visit.id)
-      client, upload = algorithm.local_update(download, client, _data(inputs.federation, row), visit, key)
+      data = data_of(inputs.federation, row, present)
+      client, upload = algorithm.local_update(download, client, data, visit, key)
       arrived = arrives & _finite((upload.update, upload.weight, upload.kept))
       weight = jnp.where(arrived, upload.weight, 0.0)
       total = jax.tree.map(lambda u: jnp.where(arrived, weight * u, jnp.zeros_like(u)), upload.update)
@@ -219,7 +255,8 @@ def simulator(
     mine = jax.tree.map(lambda x: x[row], state.clients)
     own = jax.tree.map(lambda x: x[ids], download.own)
     items = ((now - delay) % versions, own, row, visit, mine, there.arrives & fresh_enough)
-    (total, weight), (mine, kept, arrived) = over_clients(client)((inputs, history), items, ok)
+    shared = inputs, history, classes_held(federation, row, ok)
+    (total, weight), (mine, kept, arrived) = over_clients(client)(shared, items, ok)
 
     received = Received(total, weight, kept, ids, arrived, delay)
     server = jax.lax.cond(
@@ -275,10 +312,15 @@ def simulator(
     predict: Callable[[Any, Array], Any], federation: Federation, pooled: Span, model: PyTree, row: Array
   ) -> Scores:
     answer = partial(predict, model)
-    own, others = (
-      evaluate(answer, federation.store, span, num_classes).confusion for span in (_at(federation.test, row), pooled)
-    )
-    return Scores(own, others)
+    prior = training.log_prior(counts_of(federation, row)) if readout == "prior" else None
+
+    def own_answer(images: Array) -> Prediction:
+      prediction = answer(images)
+      return prediction if prior is None else prediction._replace(logits=prediction.logits + prior)
+
+    own = training.evaluate(own_answer, federation.store, _at(federation.test, row), num_classes)
+    others = training.evaluate(answer, federation.store, pooled, num_classes)
+    return Scores(own.confusion, others.confusion)
 
   @compiled
   def score_global(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:
@@ -304,19 +346,19 @@ def simulator(
     def one(shared, run):
       inputs, model, classes = shared
       answer = partial(build(inputs.settings)[0].predict, model)
-      return evaluate(answer, inputs.federation.store, run, num_classes, classes).confusion, ()
+      return training.evaluate(answer, inputs.federation.store, run, num_classes, classes).confusion, ()
 
     shared = inputs, algorithm.global_model(state.server), classes
     return over_clients(one)(shared, runs, jnp.ones(parts, bool))[0]
 
   @compiled
-  def score_personal(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:
+  def score_personal(state: State, inputs: Inputs, rows: Array, ok: Array, classes: Array | None = None) -> Scores:
     algorithm, _ = build(inputs.settings)
     federation = inputs.federation
     download = algorithm.download(state.server)
 
     def one(shared, item):
-      inputs, common, now = shared
+      inputs, common, now, classes = shared
       own, row, id, times, client = item
       algorithm, _ = build(inputs.settings)
       download = Download(common, own)
@@ -326,14 +368,19 @@ def simulator(
       visit = Visit(id, now, times, nothing, jnp.float32(1.0), nothing)
       # The same key at every round: choosing when to return is not choosing luck.
       key = random.key(inputs.seed, Purpose.PERSONALIZE, id)
-      model = algorithm.personalize(download, client, _data(inputs.federation, row), visit, key)
+      model = algorithm.personalize(download, client, data_of(inputs.federation, row, classes), visit, key)
       return (), score(algorithm.predict, inputs.federation, inputs.pooled, model, row)
 
     ids = federation.id[rows]
     mine = jax.tree.map(lambda x: x[rows], state.clients)
     own = jax.tree.map(lambda x: x[ids], download.own)
     items = (own, rows, ids, state.times[rows], mine)
-    return over_clients(one)((inputs, download.shared, state.round), items, ok)[1]
+    return over_clients(one)((inputs, download.shared, state.round, classes), items, ok)[1]
+
+  @compiled
+  def present(presence: PyTree, seed: Array, settings: PyTree, now: Array) -> Array:
+    _, process = build(settings)
+    return population.look(process, presence, now, jnp.arange(population_size), seed).present
 
   def has_global_model(inputs):
     algorithm, _ = build(inputs.settings)
@@ -346,6 +393,7 @@ def simulator(
     score_global=score_global,
     score_pooled=score_pooled,
     score_personal=score_personal,
+    present=present,
     place=place,
     shaped=shaped,
     mesh=mesh,
@@ -354,16 +402,13 @@ def simulator(
     cohort_size=cohort_size,
     population_size=population_size,
     num_classes=num_classes,
+    softmax_mask=softmax_mask,
     has_global_model=jax.eval_shape(has_global_model, inputs) is not None,
   )
 
 
 def _at(span: Span, row: Array) -> Span:
   return Span(span.start[row], span.size[row])
-
-
-def _data(federation: Federation, row: Array) -> Data:
-  return Data(federation.store, _at(federation.train, row), _at(federation.validation, row))
 
 
 def _own(download: Download, id: int) -> Download:

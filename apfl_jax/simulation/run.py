@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from apfl_jax import metrics
+from apfl_jax import data, metrics
 from apfl_jax.simulation import memory
 from apfl_jax.simulation.checkpoints import Checkpoints
 from apfl_jax.simulation.chunks import Chunks
@@ -117,7 +117,8 @@ def run(
   on_start()
   if chatty:
     tqdm.write(str(plan), file=sys.stderr)
-  population = inputs.federation.id.shape[0]
+  federation = inputs.federation
+  population = federation.id.shape[0]
   rows = _spread(population, eval_clients)
   presence_ids = np.sort(np.asarray(inputs.federation.id)[_spread(population, 256)])
   record = Record([], [], [], [], [])
@@ -148,10 +149,22 @@ def run(
     bring = partial(staging.bring, state, inputs)
     score = partial(_score, bring=bring, place=simulator.place, rows=rows, block=simulator.block, progress=bar)
     shared = score(simulator.score_global, name="scoring") if simulator.has_global_model else None
-    own = score(simulator.score_personal, name="personalising") if personal else None
+    own = None
+    if personal:
+      make = partial(simulator.score_personal, classes=classes_present(state, at))
+      own = score(make, name="personalising")
     pooled = np.full((), np.nan) if shared is None else metrics.accuracy(pooled_confusion(state, everything))
     record.metrics.append(_line(record, at, dropped[rows], shared, own, float(pooled)))
     return dropped, shared, own
+
+  def classes_present(state: State, at: int) -> Any:
+    """bool [C]: held by the clients that were there in the last round; None where the softmax is not masked so."""
+    if simulator.softmax_mask != "present":
+      return None
+    last = simulator.place(np.int32(at - 1))
+    there = np.asarray(simulator.present(state.population, inputs.seed, inputs.settings, last))
+    held = data.histogram(federation, simulator.num_classes)[there[np.asarray(federation.id)]] > 0
+    return simulator.place(held.any(axis=0))
 
   def pooled_confusion(state: State, classes: np.ndarray) -> np.ndarray:
     return np.asarray(simulator.score_pooled(state, staging.pooled(state, inputs), simulator.place(classes)))

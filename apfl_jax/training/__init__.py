@@ -3,12 +3,25 @@
 from apfl_jax.training.augment import max_shift, shift
 from apfl_jax.training.batches import Batch, draw, gather, label_histogram
 from apfl_jax.training.evaluation import Evaluation, evaluate
-from apfl_jax.training.losses import batch_mean, classification_loss, cross_entropy, predict
+from apfl_jax.training.losses import (
+  READOUTS,
+  SOFTMAX_MASKS,
+  batch_cross_entropy,
+  batch_mean,
+  classification_loss,
+  cross_entropy,
+  log_prior,
+  logit_offset,
+  predict,
+)
 from apfl_jax.training.sgd import batches, descend, fine_tune, follow, local_sgd, num_steps, weight
 
 __all__ = [
+  "READOUTS",
+  "SOFTMAX_MASKS",
   "Batch",
   "Evaluation",
+  "batch_cross_entropy",
   "batch_mean",
   "classification_loss",
   "cross_entropy",
@@ -21,6 +34,8 @@ __all__ = [
   "gather",
   "label_histogram",
   "local_sgd",
+  "log_prior",
+  "logit_offset",
   "max_shift",
   "num_steps",
   "predict",

@@ -30,6 +30,9 @@ def shift(images: Array, offset: Array) -> Array:
 def augment(kind: str, batch: Batch, key: Key) -> Batch:
   """`none`; `shift`: each image moved at random; `full`: shift, mixup (Zhang et al. 2018, Beta(1, 1) per pair),
   label smoothing 0.1. The key is consumed.
+
+  Smoothing says what an example might be mistaken for: where the batch has an offset, one of the classes that its
+  softmax runs over, in proportion to their prior [O]. Uniform targets would teach a client what the offset rules out.
   """
   if kind == "none":
     return batch
@@ -44,8 +47,6 @@ def augment(kind: str, batch: Batch, key: Key) -> Batch:
   partner = (jnp.arange(size) - 1) % jnp.maximum(jnp.sum(batch.mask).astype(jnp.int32), 1)
   mix = lambda x, s: s * x + (1.0 - s) * x[partner]
   targets = mix(batch.targets, share[:, None])
-  return Batch(
-    images=mix(images, share[:, None, None, None]),
-    targets=(1.0 - _SMOOTHING) * targets + _SMOOTHING / targets.shape[1],
-    mask=batch.mask,
-  )
+  offset = batch.logit_offset
+  smooth = _SMOOTHING / targets.shape[1] if offset is None else _SMOOTHING * jax.nn.softmax(offset)
+  return batch._replace(images=mix(images, share[:, None, None, None]), targets=(1.0 - _SMOOTHING) * targets + smooth)

@@ -16,11 +16,13 @@ class Batch(NamedTuple):
     images: float32 [B, height, width, channels] in [0, 1].
     targets: float32 [B, C], distributions over classes (one-hot unless augmented).
     mask: float32 [B], 0 for padding and 1 for an example.
+    logit_offset: of the client whose examples they are, see `Data`; None for any others.
   """
 
   images: Array
   targets: Array
   mask: Array
+  logit_offset: Array | None = None
 
 
 def images_of(images: Array) -> Array:

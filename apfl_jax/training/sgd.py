@@ -99,6 +99,7 @@ def batches(task: Task, data: Data, span: Span, key: Key) -> Callable[[Array], B
 
   def next_batch(step: Array) -> Batch:
     batch = draw(data.store, span, step, task.sgd.batch_size, task.num_classes, order_key)
+    batch = batch._replace(logit_offset=data.logit_offset)
     return augment(task.sgd.augment, batch, jax.random.fold_in(augment_key, step))
 
   return next_batch

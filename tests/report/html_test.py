@@ -50,6 +50,13 @@ def change(path, **values):
   file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+def test_a_page_of_figures_read_out_with_the_prior_says_so(unevaluated):
+  assert "label prior" not in Page(report.write(unevaluated)).text
+  change(unevaluated, readout="prior", softmax_mask="own")
+  text = Page(report.write(unevaluated)).text
+  assert "label prior" in text and "must be known at test time" in text and "softmax mask: own" in text
+
+
 def test_page_holds_the_pictures_beside_it(ap_fl):
   path = report.write(ap_fl)
   assert path == ap_fl / "report.html"

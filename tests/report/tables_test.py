@@ -41,6 +41,13 @@ def test_pooled_accuracy_of_dropped_clients_is_a_dash_where_nobody_dropped():
   assert shared.split()[-2:] == ["31.0", "-"] and personal.split()[-2:] == ["32.0", "-"]
 
 
+def test_a_table_of_figures_read_out_with_the_prior_says_so():
+  plain, prior = (report.table(HEAD | {"readout": readout}) for readout in ("plain", "prior"))
+  added = prior.removeprefix(plain)
+  assert "label prior" in added and "test time" in added
+  assert max(map(len, added.splitlines())) <= 100
+
+
 def test_fits_a_terminal_however_long_the_names(ap_fl):
   summary = json.loads((ap_fl / "summary.json").read_text())
   for names in ({}, {"algorithm": "m" * 80, "dataset": "d" * 80}):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 # One round of 5 steps, in which every client's row becomes what it uploads; with two processes, of rows that each holds
-# half of, in host memory.
+# half of, in host memory; with the options for which a client needs to know its cohort.
 ROUND = """
   import sys
 
@@ -45,7 +45,7 @@ ROUND = """
     inputs = jax.tree.map(np.asarray, inputs)
     inputs.settings["rounds"] = np.int32(2)  # the generator trains from the first round on
     simulator = simulation.simulator(build, inputs, tasks.NUM_CLASSES, population_size=6, cohort_size=6, chunk=1,
-                                     how="sequential", mesh=mesh)
+                                     softmax_mask="present", readout="prior", how="sequential", mesh=mesh)
     staging = simulation.Staging(simulator, inputs, data_on="host" if process else "device")
     state, inputs = staging.begin()
     state, _ = simulator.advance(state, inputs, simulator.place(np.int32(1)))

@@ -79,3 +79,12 @@ def test_images_stay_in_range_targets_distributions_and_masks_untouched(kind):
   assert targets.min() >= 0
   np.testing.assert_allclose(targets.sum(-1), 1, rtol=1e-6)
   np.testing.assert_array_equal(got.mask, np.broadcast_to(given.mask, got.mask.shape))
+
+
+def test_smoothing_follows_the_offset_of_the_client():
+  share = np.array([0.5, 0.0, 0.3, 0.2, 0.0])
+  given = batch()._replace(logit_offset=jnp.log(jnp.float32(share)))
+  got, plain = compiled("full", given, jax.random.key(0)), compiled("full", batch(), jax.random.key(0))
+  np.testing.assert_allclose(got.targets, np.asarray(plain.targets) - 0.1 / CLASSES + 0.1 * share, atol=1e-6)
+  np.testing.assert_array_equal(got.images, plain.images)
+  np.testing.assert_array_equal(got.logit_offset, given.logit_offset)

@@ -94,3 +94,53 @@ def test_predict_gives_logits_and_what_the_head_reads():
   got = training.predict(linear_task().model, Params((), head), images)
   np.testing.assert_array_equal(got.features, np.arange(8.0).reshape(2, 4))
   np.testing.assert_array_equal(got.logits, np.arange(8.0).reshape(2, 4) @ np.asarray(head))
+
+
+def offset_batch(offset: np.ndarray | None) -> tuple[np.ndarray, Batch]:
+  logits, _ = problem()
+  targets = np.eye(CLASSES)[np.random.default_rng(2).choice(np.flatnonzero(SOME), ROWS)]
+  images = jnp.zeros((ROWS, 2, 2, 1))
+  return logits, Batch(
+    images, jnp.asarray(targets, jnp.float32), jnp.ones(ROWS), None if offset is None else jnp.float32(offset)
+  )
+
+
+@pytest.mark.parametrize("classes", [None, SOME, np.array([True, False, True, True, True, True])])
+def test_an_offset_is_added_and_its_infinities_are_left_out_beside_the_classes(classes):
+  offset = np.array([-0.5, -3.0, -1.5, -27.6, -np.inf, -2.0])
+  kept = np.isfinite(offset) & (True if classes is None else classes)
+  logits, batch = offset_batch(offset)
+  each = lambda logits: training.batch_cross_entropy(logits, batch, classes)
+  want = log_softmax((logits.astype(np.float64) + offset)[:, kept])
+  targets = np.asarray(batch.targets)[:, kept]
+  np.testing.assert_allclose(each(logits), -np.sum(targets * want, axis=-1), rtol=2e-5)
+  got = np.asarray(jax.grad(lambda logits: each(logits).sum())(jnp.asarray(logits)))
+  np.testing.assert_array_equal(got[:, ~kept], 0)
+  np.testing.assert_allclose(got[:, kept], np.exp(want) - targets, atol=1e-5)
+
+
+def test_without_an_offset_a_batch_has_the_plain_loss():
+  logits, batch = offset_batch(None)
+  np.testing.assert_array_equal(
+    training.batch_cross_entropy(logits, batch), training.cross_entropy(logits, batch.targets)
+  )
+
+
+def test_the_prior_is_the_log_of_shares_with_a_finite_one_for_absent_classes():
+  counts = np.float32([6, 0, 3, 1])
+  np.testing.assert_allclose(training.log_prior(counts), np.log([0.6, 1e-12, 0.3, 0.1]), rtol=1e-6)
+  np.testing.assert_array_equal(training.log_prior(np.zeros(4, np.float32)), 0)
+
+
+@pytest.mark.parametrize(
+  ("mask", "kept"), [("none", [1, 1, 1, 1]), ("own", [1, 0, 1, 0]), ("present", [1, 1, 1, 0])], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize("readout", training.READOUTS)
+def test_offsets_of_the_options(mask, kept, readout):
+  counts, present = np.float32([3, 0, 1, 0]), np.array([True, True, False, False])
+  got = training.logit_offset(jnp.asarray(counts), jnp.asarray(present), mask, readout)
+  if (mask, readout) == ("none", "plain"):
+    assert got is None
+    return
+  prior = training.log_prior(counts) if readout == "prior" else np.zeros(4)
+  np.testing.assert_array_equal(got, np.where(kept, prior, -np.inf))

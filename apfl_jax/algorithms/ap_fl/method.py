@@ -3,6 +3,10 @@
 Steps follow method: 2.5 the rounds, 2.6 the generator, 2.8 the returning client, 2.9 the interpolation. Where the
 pilots of its sections 7 and 8 contradict the reconstruction they win: the friend learns from the generator's labels
 alone (no distillation), and the coefficients are the plain minimum on a 6 x 6 grid with rho = .3.
+
+`--softmax_mask` and `--readout` come on top of the method's own mask (`mask_softmax`): `none` leaves that as it is, and
+with `present` or `own` the softmax of real data runs over the classes that both keep. They reach every loss on real
+data, the validation examples that choose the coefficients included, and none on synthetic data.
 """
 
 from typing import Annotated
@@ -225,10 +229,11 @@ def ap_fl(
       real = real_batch(step)
       rows = (step * batch_size + jnp.arange(batch_size)) % synthetic_examples
       made = jax.tree.map(lambda x: x[rows], synthetic)
-      both = jax.tree.map(lambda *x: jnp.concatenate(x), real, made)  # one pass through the model
-      each = training.cross_entropy(training.predict(model, params, both.images).logits, both.targets, softmax)
-      own, trusted = jnp.split(jnp.where(both.mask > 0, both.mask * each, 0.0), 2)
-      return (1 - share) * jnp.sum(own) / jnp.maximum(jnp.sum(real.mask), 1.0) + share * jnp.mean(trusted)
+      both = jnp.concatenate([real.images, made.images])  # one pass through the model
+      logits = jnp.split(training.predict(model, params, both).logits, 2)
+      own, trusted = (training.batch_cross_entropy(x, b, softmax) for x, b in zip(logits, (real, made), strict=True))
+      trusted = jnp.where(made.mask > 0, made.mask * trusted, 0.0)
+      return (1 - share) * training.batch_mean(own, real) + share * jnp.mean(trusted)
 
     steps = jnp.where(data.train.size > 0, friend_steps, 0)
     friend = training.descend(friend_loss, shared.params, steps, task.sgd.learning_rate, cosine=True)
@@ -262,13 +267,13 @@ def ap_fl(
     def summed(base, heads, batch):
       features, _ = model.base(base, batch.images)
       logits = jax.vmap(lambda head: model.head(head, features))(heads)
-      each = jax.vmap(lambda x: training.cross_entropy(x, batch.targets, softmax))(logits)
+      each = jax.vmap(lambda x: training.batch_cross_entropy(x, batch, softmax))(logits)
       return jnp.where(batch.mask > 0, each, 0.0) @ batch.mask
 
     def objective(base, heads):
       def add(i, total):
         batch = training.gather(data.store, data.validation, i * block + jnp.arange(block), num_classes)
-        return total + summed(base, heads, batch)
+        return total + summed(base, heads, batch._replace(logit_offset=data.logit_offset))
 
       points = jax.tree.leaves(heads)[0].shape[0]
       blocks = (data.validation.size + block - 1) // block
