@@ -103,7 +103,7 @@ def start_params() -> Params:
 def numpy_sgd(params: Params, batches: Iterable[training.Batch], rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   weights, bias = (np.asarray(x, np.float64) for x in params.head)
   for batch, rate in zip(batches, rates, strict=True):
-    images, targets, mask = (np.asarray(x, np.float64) for x in batch)
+    images, targets, mask = (np.asarray(x, np.float64) for x in batch[:3])
     features = images.reshape(len(images), -1)
     logits = features @ weights + bias
     probability = np.exp(logits - logits.max(-1, keepdims=True))
