@@ -262,6 +262,7 @@ def _start() -> None:
   several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
   try:
     if told:
+      print(f"process {number} of {processes} meets the others at {address}", file=sys.stderr, flush=True)
       jax.distributed.initialize(address, processes, number)
     elif several or address == "auto":
       jax.distributed.initialize()

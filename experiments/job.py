@@ -1,6 +1,7 @@
 """From a `Config` to a run directory: what `experiments.train` does, as a function for Colab, sweeps and tests."""
 
 import csv
+import hashlib
 import json
 import platform
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 import apfl_jax
 from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation
@@ -152,6 +154,7 @@ def run(config: Config) -> dict[str, Any]:
   Raises:
     InputError: see `prepare`; or the directory holds another run.
   """
+  _agree(config)
   workdir = _workdir(config)
   if summary := finished(config):
     print("this run is finished; nothing is computed", file=sys.stderr)
@@ -197,6 +200,20 @@ def finished(config: Config) -> dict[str, Any] | None:
   workdir = _workdir(config)
   summary = _claim(workdir, config, write=False)
   return summary and _announced(summary, workdir)
+
+
+def _agree(config: Config) -> None:
+  """Of several processes that share a run, all have the same settings; or all end with InputError, none waits."""
+  if jax.process_count() == 1:
+    return
+  mine = np.frombuffer(hashlib.sha256("\n".join(sorted(config.identity())).encode()).digest(), np.uint8)
+  others = multihost_utils.process_allgather(mine).reshape(-1, len(mine))
+  differing = [str(number) for number, other in enumerate(others) if (other != others[0]).any()]
+  if differing:
+    raise InputError(
+      f"process_id: process {', '.join(differing)} has other settings than process 0, accepted are the same flags for"
+      " all processes"
+    )
 
 
 def places(config: Config) -> dict[str, str]:

@@ -61,7 +61,7 @@ class Plan(NamedTuple):
     )
     times = f"{self.devices} x " if self.devices > 1 else ""
     return (
-      f"memory: {times}{human(self.device)} on the device ({text('device') or 'little of anything'}),"
+      f"memory: {times}{human(self.device)} on the device ({text('device') or 'each part under 1 MiB'}),"
       f" {human(self.host)} on the host{' with it' if self.shared else ''} ({text('host')})"
     )
 
@@ -162,7 +162,8 @@ def check(plan: Plan, num_clients: int, limit: int = 0) -> None:
       "examples": "; --data_on=disk and a smaller --cohort_size keep examples out of memory",
     }.get(most.what, "")
     raise InputError(
-      f"memory: the run needs {human(total)} on the {where}, most of it for {most.what}, and there are {human(room)};"
+      f"memory: the run needs {human(total)} on the {where}, most of it for {most.what}, and"
+      f" {'--memory_limit allows' if limit else 'there are'} {human(room)};"
       f" {advice}{move}"
     )
 
