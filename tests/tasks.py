@@ -30,6 +30,8 @@ _SMALL: dict[str, dict[str, Any]] = {
     "grid_points": 2,
   },
   "dense": {"warmup": 0.2, "epochs": 2, "generator_steps": 2, "generator_batch": 8},
+  "fedasync": {"alpha": 1.0, "exponent": 1.0},
+  "fedbuff": {"buffer_size": 3},
   "fedftg": {"iterations": 2, "model_steps": 2, "generator_batch": 8},
   "fedgen": {"generator_steps": 10, "generator_batch": 8, "generator_learning_rate": 0.01},
 }

@@ -9,9 +9,11 @@ from apfl_jax.algorithms.ap_fl import ap_fl
 from apfl_jax.algorithms.dense import dense
 from apfl_jax.algorithms.ditto import ditto
 from apfl_jax.algorithms.fedala import fedala
+from apfl_jax.algorithms.fedasync import fedasync
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
 from apfl_jax.algorithms.fedbabu import fedbabu
+from apfl_jax.algorithms.fedbuff import fedbuff
 from apfl_jax.algorithms.feddbe import feddbe
 from apfl_jax.algorithms.feddyn import feddyn
 from apfl_jax.algorithms.fedftg import fedftg
@@ -68,10 +70,12 @@ METHODS: dict[str, Method] = {
   "ditto": Method(ditto, "Li et al. 2021, arXiv 2012.04221", keeps="its model"),
   "fedadam": Method(fedadam, "Reddi et al. 2021, arXiv 2003.00295"),
   "fedala": Method(fedala, "Zhang et al. 2023, arXiv 2212.01197", keeps="its model and its head's weights"),
+  "fedasync": Method(fedasync, "Xie et al. 2019, arXiv 1903.03934"),
   "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629"),
   "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252"),
   "fedavgm": Method(fedavgm, "Hsu et al. 2019, arXiv 1909.06335"),
   "fedbabu": Method(fedbabu, "Oh et al. 2022, arXiv 2106.06042"),
+  "fedbuff": Method(fedbuff, "Nguyen et al. 2022, arXiv 2106.06639"),
   "feddbe": Method(feddbe, "Zhang et al. 2023, arXiv 2311.14975", keeps="its mean representation"),
   "feddyn": Method(feddyn, "Acar et al. 2021, arXiv 2111.04263", keeps="the sum of its moves"),
   "fedftg": Method(fedftg, "Zhang et al. 2022, arXiv 2203.09249", samples=fedftg_samples),
@@ -113,10 +117,12 @@ __all__ = [
   "ditto",
   "fedadam",
   "fedala",
+  "fedasync",
   "fedavg",
   "fedavg_ft",
   "fedavgm",
   "fedbabu",
+  "fedbuff",
   "feddbe",
   "feddyn",
   "fedftg",
