@@ -19,7 +19,7 @@ import apfl_jax
 from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
-from apfl_jax.types import Algorithm, LocalSGD, Process, PyTree, Task
+from apfl_jax.types import Algorithm, Federation, LocalSGD, Process, PyTree, Task
 from experiments.config import Config
 
 _SAMPLES = 8  # images a class in the report
@@ -31,6 +31,7 @@ class Job(NamedTuple):
   Attributes:
     config: the settings.
     dataset: what is learnt.
+    federation: who holds what; with a method that pools, the inputs have the pool instead.
     inputs: what is traced.
     build: settings -> (algorithm, process).
     task: settings -> Task.
@@ -40,6 +41,7 @@ class Job(NamedTuple):
 
   config: Config
   dataset: data.Dataset
+  federation: Federation
   inputs: simulation.Inputs
   build: Callable[[PyTree], tuple[Algorithm, Process]]
   task: Callable[[PyTree], Task]
@@ -55,6 +57,12 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     dataset: taken in place of the one that the settings name.
   """
   simulation.resolve(config.client_map)
+  entry = algorithms.METHODS[config.algorithm]
+  if entry.pools and (place := places(config)["data_on"]) != "device":
+    raise InputError(
+      f"data_on: got {place!r} with --algorithm={config.algorithm}, whose clients all read the whole pool;"
+      " accepted is device"
+    )
   dataset = dataset or data.load(config.dataset, config.data_dir or None)
   num_classes, image_shape = len(dataset.class_names), dataset.images.shape[1:]
   host = lambda purpose: np.random.default_rng([config.seed, int(purpose)])
@@ -80,7 +88,6 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
   )
 
   mesh = simulation.default_mesh()
-  entry = algorithms.METHODS[config.algorithm]
   traced = {name: jnp.float32(value) for name, value in config.settings.items() if isinstance(value, float)}
   static = {name: value for name, value in config.settings.items() if name not in traced}
   head = entry.head if config.head == "auto" else config.head
@@ -120,7 +127,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
 
   inputs = simulation.Inputs(
     seed=jnp.uint32(config.seed),
-    federation=federation,
+    federation=data.pooled(federation) if entry.pools else federation,
     pooled=pooled,
     settings={
       "learning_rate": jnp.float32(config.learning_rate),
@@ -141,7 +148,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     how=config.client_map,
     mesh=mesh,
   )
-  return Job(config, dataset, inputs, build, task, simulator, gone)
+  return Job(config, dataset, federation, inputs, build, task, simulator, gone)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -281,7 +288,7 @@ def _write_record(workdir: Path, record: simulation.Record) -> None:
 
 def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: np.ndarray) -> None:
   """clients.csv: a line for each client; accuracies are empty where it was not scored."""
-  federation = job.inputs.federation
+  federation = job.federation
 
   def cells(values: np.ndarray) -> list[str]:
     everyone = np.full(len(result.dropped), np.nan)
@@ -310,8 +317,8 @@ def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: n
 
 def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
   """What the report draws and no other file holds."""
-  histogram = data.histogram(jax.tree.map(np.asarray, job.inputs.federation), len(job.dataset.class_names))
-  took_part = np.asarray(result.state.times) > 0
+  histogram = data.histogram(job.federation, len(job.dataset.class_names))
+  took_part = (np.asarray(result.state.times) > 0) | algorithms.METHODS[job.config.algorithm].pools
   arrays: dict[str, np.ndarray] = {
     "histogram": histogram,
     "presence": np.array([list(map(int, line)) for line in result.record.presence], np.uint8),
@@ -350,7 +357,7 @@ def _summary(
   monopolistic = np.flatnonzero(held.any(axis=0) & ~held[~result.dropped].any(axis=0))
   monopolist = np.any(held[:, monopolistic], axis=1)[result.rows]
   dropped = result.dropped[result.rows]
-  sizes = np.asarray(job.inputs.federation.test.size)[result.rows]
+  sizes = np.asarray(job.federation.test.size)[result.rows]
   mean = lambda values: float(values.mean()) if values.size else None
 
   def summarised(scores: simulation.Scores | None) -> dict[str, float | None] | None:

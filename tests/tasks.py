@@ -71,6 +71,8 @@ def inputs(name: str, num_clients: int = NUM_CLIENTS) -> Inputs:
   rng = np.random.default_rng(0)
   partition = data.partition.dirichlet(dataset.labels, num_clients, rng=rng, alpha=0.5, min_size=40)
   federation, pooled = data.build(dataset, partition, rng=rng, pooled_examples=64)
+  if algorithms.METHODS[name].pools:
+    federation = data.pooled(federation)
   settings: PyTree = {
     "learning_rate": np.float32(LEARNING_RATE),
     "drop_rates": np.zeros(2, np.float32),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from apfl_jax.algorithms import ap_fl as ap_fl_package
 from apfl_jax.algorithms.adaptive_pfl import adaptive_pfl
 from apfl_jax.algorithms.ap_fl import ap_fl
+from apfl_jax.algorithms.central import central
 from apfl_jax.algorithms.dense import dense
 from apfl_jax.algorithms.ditto import ditto
 from apfl_jax.algorithms.fedala import fedala
@@ -50,6 +51,7 @@ class Method(NamedTuple):
     keeps: what stays on the client between visits.
     head: the classifier's head that `--head=auto` gives it.
     samples: (task, server, key, count) -> images [C, count, ...] in [0, 1], if it has a generator.
+    pools: whether its clients train on all clients' examples, see `data.pooled`.
   """
 
   make: Callable[..., Algorithm]
@@ -57,6 +59,7 @@ class Method(NamedTuple):
   keeps: str = "nothing"
   head: str = "free"
   samples: Callable[..., Any] | None = None
+  pools: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -66,6 +69,7 @@ METHODS: dict[str, Method] = {
   "ap_fl": Method(
     ap_fl, "Wan et al. 2025, arXiv 2503.00407 (reconstructed)", head="anchored", samples=ap_fl_package.samples
   ),
+  "central": Method(central, "the upper bound", pools=True),
   "dense": Method(dense, "Zhang et al. 2022, arXiv 2112.12371"),
   "ditto": Method(ditto, "Li et al. 2021, arXiv 2012.04221", keeps="its model"),
   "fedadam": Method(fedadam, "Reddi et al. 2021, arXiv 2003.00295"),
@@ -113,6 +117,7 @@ __all__ = [
   "Task",
   "adaptive_pfl",
   "ap_fl",
+  "central",
   "dense",
   "ditto",
   "fedadam",

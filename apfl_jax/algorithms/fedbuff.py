@@ -30,12 +30,12 @@ class Server(NamedTuple):
   Attributes:
     model: the global model and its optimiser.
     buffer: the sum of s(tau) d_i.
-    count: int32 [], how many updates are in it; less than the buffer's size.
+    held: int32 [], how many updates are in it; less than the buffer's size.
   """
 
   model: fedopt.Server
   buffer: Params
-  count: Array
+  held: Array
 
 
 class Kept(NamedTuple):
@@ -82,14 +82,15 @@ def fedbuff(
 
   def aggregate(server, received, key):
     def emptied(server):
-      filled = received._replace(total=server.buffer, weight=server.count)
-      return Server(stepping.aggregate(server.model, filled, key), jax.tree.map(jnp.zeros_like, server.buffer), 0)
+      filled = received._replace(total=server.buffer, weight=server.held)
+      empty = jax.tree.map(jnp.zeros_like, server.buffer)
+      return Server(stepping.aggregate(server.model, filled, key), empty, jnp.int32(0))
 
     def arrival(carry, item):
       (server, steps), (delta, counts, late) = carry, item
       scale = staleness.polynomial(late + steps, staleness_exponent)
       buffer = jax.tree.map(lambda b, d: jnp.where(counts, b + scale * d, b), server.buffer, delta)
-      server, full = Server(server.model, buffer, server.count + counts), server.count + counts >= buffer_size
+      server, full = Server(server.model, buffer, server.held + counts), server.held + counts >= buffer_size
       return (jax.lax.cond(full, emptied, lambda server: server, server), steps + full), None
 
     items = received.kept.delta, received.arrived & received.kept.counts, received.staleness

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from apfl_jax.data import digits, fast, partition, tfds
 from apfl_jax.data.datasets import Dataset
-from apfl_jax.data.federation import build, histogram
+from apfl_jax.data.federation import build, histogram, pooled
 from apfl_jax.data.partition import Partition, choose_monopolistic, monopolistic
 
 BUILT_IN = {"digits": digits.load, "fast": fast.load}
@@ -35,4 +35,5 @@ __all__ = [
   "load",
   "monopolistic",
   "partition",
+  "pooled",
 ]

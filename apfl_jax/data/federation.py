@@ -69,12 +69,36 @@ def histogram(federation: Federation, num_classes: int, part: str = "train") -> 
   """
   if part not in PARTS:
     raise InputError(f"part: got {part!r}, accepted are {', '.join(PARTS)}")
-  start, size = (np.asarray(field, np.int64) for field in getattr(federation, part))
-  before = np.cumsum(size) - size
-  place = np.repeat(start - before, size) + np.arange(size.sum())
-  label = np.asarray(federation.store.labels)[np.asarray(federation.store.index)[place]]
+  span = getattr(federation, part)
+  size = np.asarray(span.size, np.int64)
+  label = np.asarray(federation.store.labels)[np.asarray(federation.store.index)[_places(span)]]
   cell = np.repeat(np.arange(len(size)) * num_classes, size) + label
   return np.bincount(cell, minlength=len(size) * num_classes).reshape(-1, num_classes).astype(np.int32)
+
+
+def pooled(federation: Federation) -> Federation:
+  """The federation in which every client trains and validates on all clients' examples; tests stay each client's own.
+
+  The two pools, client by client, follow the index, so that spans into it keep their meaning.
+
+  Raises:
+    InputError: more than 2**31 - 1 index entries.
+  """
+  store, many = federation.store, len(federation.id)
+  index, spans = np.asarray(store.index), []
+  for span in (federation.train, federation.validation):
+    pool = np.asarray(store.index)[_places(span)]
+    spans.append(Span(*(_array(np.full(many, value), np.int32) for value in (len(index), len(pool)))))
+    index = np.concatenate([index, pool])
+  if len(index) > np.iinfo(np.int32).max:
+    raise InputError(f"pool: {len(index)} index entries, at most {np.iinfo(np.int32).max} can be numbered")
+  return federation._replace(store=store._replace(index=_array(index, np.int32)), train=spans[0], validation=spans[1])
+
+
+def _places(span: Span) -> np.ndarray:
+  """int64: the places in the index that spans [N] cover, client by client."""
+  start, size = (np.asarray(field, np.int64) for field in span)
+  return np.repeat(start - (np.cumsum(size) - size), size) + np.arange(size.sum())
 
 
 def _joined(first: np.ndarray, second: np.ndarray) -> Any:

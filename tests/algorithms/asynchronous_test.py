@@ -43,7 +43,7 @@ def test_fedbuff_steps_when_its_buffer_is_full(size, momentum):
 
   settings = {"server_learning_rate": rate, "server_momentum": momentum, "staleness_exponent": exponent}
   rounds = _rounds(fedbuff(linear.task(), buffer_size=size, **settings), each)
-  assert rounds.server.count == len(buffer)
+  assert rounds.server.held == len(buffer)
   linear.close(rounds.server.buffer, linear.plus(linear.nothing(), *buffer))
 
 
