@@ -285,6 +285,7 @@ class Availability(NamedTuple):
     work: float32 in (0, 1], the share of its local steps that it does.
     speed: float32 > 0, local steps a second of virtual time.
     gone: bool, not present in this round nor in any later one.
+    wait: int32, local steps for which it is idle after its upload, until the server answers.
   """
 
   present: Array
@@ -293,6 +294,7 @@ class Availability(NamedTuple):
   work: Array
   speed: Array
   gone: Array
+  wait: Array
 
 
 class Process(NamedTuple):

@@ -47,6 +47,7 @@ class Config:
   monopolistic_classes: int = _setting(2, "classes that only clients which drop hold", least=0)
   dropout: str = _setting("cold", f"processes of availability, comma-separated: {', '.join(PROCESSES)}")
   drop_rate: str = _setting("0.6", "rate of each process in [0, 1], comma-separated; one stands for all")
+  server_wait: int = _setting(0, "local steps for which a client is idle while the server is late", least=0)
   versions: int = _setting(1, "server versions kept for late clients; no process of today delays any", least=1)
   rounds: int = _setting(40, "rounds", least=1)
   local_epochs: int = _setting(1, "passes over a client's examples a round, where local_steps is 0", least=1)

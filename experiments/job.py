@@ -123,7 +123,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
 
   def build(settings: PyTree) -> tuple[Algorithm, Process]:
     algorithm = entry.make(task(settings), **static, **settings["method"])
-    return algorithm, population.make(names, config.num_clients, settings["drop_rates"])
+    waiting = population.waiting(settings["server_wait"])
+    return algorithm, population.make(names, config.num_clients, settings["drop_rates"], waiting)
 
   inputs = simulation.Inputs(
     seed=jnp.uint32(config.seed),
@@ -135,6 +136,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
       "embeddings": jnp.asarray(table),
       "method": traced,
       "rounds": jnp.int32(config.rounds),
+      "server_wait": jnp.int32(config.server_wait),
     },
   )
   simulator = simulation.simulator(
@@ -376,7 +378,7 @@ def _summary(
       confusion, result.pooled_confusion(~arrays["seen"]) if len(lost) else confusion, lost.tolist()
     )
   devices = job.simulator.mesh.size if job.simulator.mesh else 1
-  prices = simulation.prices(job.build, job.inputs, result.state.server)
+  prices = simulation.prices(job.build, job.inputs, result.state.server, config.server_wait)
   spent = [watch.read(), *result.record.timings[: result.restored]]
   return {
     "algorithm": config.algorithm,

@@ -34,6 +34,7 @@ from apfl_jax.algorithms.lg_fedavg import lg_fedavg
 from apfl_jax.algorithms.local import local
 from apfl_jax.algorithms.mifa import mifa
 from apfl_jax.algorithms.moon import moon
+from apfl_jax.algorithms.pafedfv import pafedfv
 from apfl_jax.algorithms.per_fedavg import per_fedavg
 from apfl_jax.algorithms.persafl import persafl
 from apfl_jax.algorithms.pfedme import pfedme
@@ -98,6 +99,9 @@ METHODS: dict[str, Method] = {
   "local": Method(local, "the lower bound", keeps="its model"),
   "mifa": Method(mifa, "Gu et al. 2021, arXiv 2106.04159", keeps="its last two updates"),
   "moon": Method(moon, "Li et al. 2021, arXiv 2103.16257", keeps="its last model"),
+  "pafedfv": Method(
+    pafedfv, "Mu et al. 2024, arXiv 2404.13237 (reconstructed)", keeps="its head and what waiting brought"
+  ),
   "per_fedavg": Method(per_fedavg, "Fallah et al. 2020, arXiv 2002.07948"),
   "persafl": Method(persafl, "Toghani et al. 2022, arXiv 2210.01176"),
   "pfedme": Method(pfedme, "Dinh et al. 2020, arXiv 2006.08848"),
@@ -146,6 +150,7 @@ __all__ = [
   "local",
   "mifa",
   "moon",
+  "pafedfv",
   "per_fedavg",
   "persafl",
   "pfedme",

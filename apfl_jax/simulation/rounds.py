@@ -214,7 +214,7 @@ def simulator(
       times=state.times[row],
       staleness=delay,
       work=there.work,
-      wait=jnp.zeros_like(ids),
+      wait=there.wait,
     )
     mine = jax.tree.map(lambda x: x[row], state.clients)
     own = jax.tree.map(lambda x: x[ids], download.own)
