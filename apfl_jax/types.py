@@ -59,6 +59,18 @@ class Federation(NamedTuple):
   test: Span
 
 
+class HeldOut(NamedTuple):
+  """Examples of classes that nobody trains on, for verification.
+
+  Attributes:
+    images: uint8 [P, height, width, channels], equally many for each class.
+    identity: int32 [P], the class of each, from 0; -1 for padding.
+  """
+
+  images: Array
+  identity: Array
+
+
 class Data(NamedTuple):
   """What a method sees of one client.
 

@@ -45,6 +45,9 @@ class Config:
   classes_per_client: int = _setting(2, "of the pathological partition", least=1)
   min_size: int = _setting(16, "least examples of a client", least=2)
   monopolistic_classes: int = _setting(2, "classes that only clients which drop hold", least=0)
+  verification_classes: int = _setting(
+    0, "classes that nobody trains on and features are verified on; 0 for none", least=0
+  )
   dropout: str = _setting("cold", f"processes of availability, comma-separated: {', '.join(PROCESSES)}")
   drop_rate: str = _setting("0.6", "rate of each process in [0, 1], comma-separated; one stands for all")
   server_wait: int = _setting(0, "local steps for which a client is idle while the server is late", least=0)

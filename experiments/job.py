@@ -19,7 +19,7 @@ import apfl_jax
 from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
-from apfl_jax.types import Algorithm, Federation, LocalSGD, Process, PyTree, Task
+from apfl_jax.types import Algorithm, Federation, HeldOut, LocalSGD, Process, PyTree, Task
 from experiments.config import Config
 
 _SAMPLES = 8  # images a class in the report
@@ -30,7 +30,8 @@ class Job(NamedTuple):
 
   Attributes:
     config: the settings.
-    dataset: what is learnt.
+    dataset: what is learnt, without the classes of verification.
+    verified: names of those.
     federation: who holds what; with a method that pools, the inputs have the pool instead.
     inputs: what is traced.
     build: settings -> (algorithm, process).
@@ -41,6 +42,7 @@ class Job(NamedTuple):
 
   config: Config
   dataset: data.Dataset
+  verified: tuple[str, ...]
   federation: Federation
   inputs: simulation.Inputs
   build: Callable[[PyTree], tuple[Algorithm, Process]]
@@ -64,8 +66,9 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
       " accepted is device"
     )
   dataset = dataset or data.load(config.dataset, config.data_dir or None)
-  num_classes, image_shape = len(dataset.class_names), dataset.images.shape[1:]
   host = lambda purpose: np.random.default_rng([config.seed, int(purpose)])
+  dataset, held_out, verified = _without(config, dataset, host(random.Purpose.VERIFICATION))
+  num_classes, image_shape = len(dataset.class_names), dataset.images.shape[1:]
 
   names, rates = config.processes
   gone = _departed(config)
@@ -81,7 +84,11 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     )
   partition = _partition(config, dataset.labels, num_classes, gone, host(random.Purpose.PARTITION))
   federation, pooled = data.build(
-    dataset, partition, rng=host(random.Purpose.SPLIT), pooled_examples=config.pooled_examples
+    dataset,
+    partition,
+    rng=host(random.Purpose.SPLIT),
+    pooled_examples=config.pooled_examples,
+    index_size=_index_size(config, dataset),
   )
   table = semantics.embeddings(
     config.embeddings, dataset.class_names, dataset.name, rng=host(random.Purpose.EMBEDDINGS)
@@ -138,6 +145,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
       "rounds": jnp.int32(config.rounds),
       "server_wait": jnp.int32(config.server_wait),
     },
+    held_out=held_out,
   )
   simulator = simulation.simulator(
     build,
@@ -150,7 +158,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     how=config.client_map,
     mesh=mesh,
   )
-  return Job(config, dataset, federation, inputs, build, task, simulator, gone)
+  return Job(config, dataset, verified, federation, inputs, build, task, simulator, gone)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -227,6 +235,25 @@ def _departed(config: Config) -> np.ndarray:
   return np.asarray(schedule(jnp.uint32(config.seed), jnp.asarray(rates, jnp.float32), jnp.int32(config.rounds)))
 
 
+def _without(
+  config: Config, dataset: data.Dataset, rng: np.random.Generator
+) -> tuple[data.Dataset, HeldOut | tuple[()], tuple[str, ...]]:
+  """The data set without the classes that are verified; examples of those and their names."""
+  number, most = config.verification_classes, len(dataset.class_names) - 2
+  if not number:
+    return dataset, (), ()
+  if not 2 <= number <= most:
+    raise InputError(f"verification_classes: got {number}, accepted are 0 and 2 to {most}")
+  classes = np.sort(rng.choice(len(dataset.class_names), number, replace=False))
+  return *data.hold_out(dataset, classes), tuple(dataset.class_names[c] for c in classes)
+
+
+def _index_size(config: Config, dataset: data.Dataset) -> int:
+  """Entries of the index if no class were taken out: how large those are is the seed's choice."""
+  examples = config.num_clients * config.examples_per_client or len(dataset.labels)
+  return examples + min(config.pooled_examples or len(dataset.test_labels), len(dataset.test_labels))
+
+
 def _partition(
   config: Config, labels: np.ndarray, num_classes: int, gone: np.ndarray, rng: np.random.Generator
 ) -> data.Partition:
@@ -238,14 +265,16 @@ def _partition(
     "dirichlet": partial(data.partition.dirichlet, alpha=config.alpha),
     "pathological": partial(data.partition.pathological, classes_per_client=config.classes_per_client),
   }
-  return splits[config.partition](
-    labels,
+  there = np.flatnonzero(labels >= 0)
+  partition = splits[config.partition](
+    labels[there],
     config.num_clients,
     rng=rng,
     allowed=allowed,
     min_size=config.min_size,
     examples_per_client=config.examples_per_client,
   )
+  return partition._replace(index=there[partition.index])
 
 
 # --- the run directory ------------------------------------------------------------------------------------------------
@@ -394,6 +423,7 @@ def _summary(
       "personal_dropped": mean(pooled[dropped]),
     },
     "unseen": unseen,
+    "verification": _verification(job, result),
     "cost": simulation.cost(prices, result)._asdict(),
     "partition": config.partition,
     "alpha": config.alpha if config.partition == "dirichlet" else None,
@@ -410,6 +440,23 @@ def _summary(
     "commit": _commit(),
     "finished": True,
   }
+
+
+def _verification(job: Job, result: simulation.Result) -> dict[str, Any] | None:
+  """What summary.json says of verification."""
+  if not job.verified:
+    return None
+  dropped, personal = result.dropped[result.rows], np.asarray(result.personal_scores.verification)
+  section: dict[str, Any] = {"classes": list(job.verified), "far": metrics.verification.FAR}
+  for place, name in enumerate(("eer", "tar")):
+    mean = lambda rows, place=place: float(rows[:, place].mean()) if np.isfinite(rows).any() else None
+    section[name] = {
+      "global_model": mean(np.asarray(result.global_scores.verification)[:1]) if result.global_scores else None,
+      "personal_mean": mean(personal),
+      "personal_dropped": mean(personal[dropped]),
+      "personal_present": mean(personal[~dropped]),
+    }
+  return section
 
 
 def versions() -> dict[str, str]:

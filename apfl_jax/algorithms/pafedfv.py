@@ -113,7 +113,7 @@ def pafedfv(
     key, wait_key = jax.random.split(key)
     steps = training.num_steps(task.sgd, data.train.size, visit.work)
     sent = training.local_sgd(task, loss, Params(merged(download, client), client.head), data, steps, key)
-    idle = jnp.where(data.train.size > 0, visit.wait, 0) if asynchronous else 0
+    idle = jnp.where(data.train.size > 0, visit.wait, 0) if asynchronous else jnp.int32(0)
     waited = training.local_sgd(task, loss, sent, data, idle, wait_key)
     weight = training.weight(task.sgd, data.train.size)
     client = Client(optax.tree.sub(waited.base, sent.base), waited.head)

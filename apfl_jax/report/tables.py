@@ -79,6 +79,7 @@ def table(summary: dict[str, Any]) -> str:
     width = sum(widths[start : start + size]) + 2 * (size - 1)
     header.append(f" {group} ".center(width, "-"))
     start += size
+  verified = verification(summary)
   setting = f"{title(summary)}, {counted(summary['num_clients'], 'client')}, {counted(summary['rounds'], 'round')}"
   return "\n".join(
     [
@@ -86,5 +87,17 @@ def table(summary: dict[str, Any]) -> str:
       "  ".join(header),
       line("", list(COLUMNS)),
       *(line(name, [percent(value) for value in row.values]) for name, row in zip(names, found, strict=True)),
+      *([f"Held-out classes, {verified}"] if verified else []),
     ]
   )
+
+
+def verification(summary: dict[str, Any]) -> str:
+  """Equal error rates and TAR in percent, in words; empty where nothing was verified."""
+  section = summary.get("verification")
+  if not section:
+    return ""
+  models = {"personal models": "personal_mean", "global model": "global_model"}
+  both = lambda key: " / ".join(percent(section[name][key]) for name in ("eer", "tar"))
+  told = [f"{name} {both(key)}" for name, key in models.items() if section["eer"][key] is not None]
+  return f"EER / TAR at FAR {100 * section['far']:g} %: {', '.join(told)}"

@@ -13,13 +13,14 @@ from apfl_jax import population, random
 from apfl_jax.random import Purpose
 from apfl_jax.simulation.client_map import client_map, lanes_of, resolve
 from apfl_jax.simulation.cohort import draw_cohort
-from apfl_jax.training import evaluate
+from apfl_jax.training import evaluate, verify
 from apfl_jax.types import (
   Algorithm,
   Array,
   Data,
   Download,
   Federation,
+  HeldOut,
   Process,
   PyTree,
   Received,
@@ -39,12 +40,14 @@ class Inputs(NamedTuple):
     federation: who holds what.
     pooled: Span [], the pooled test examples.
     settings: pytree of float32, whatever `build` reads (learning rate, class embeddings, drop rates, ...).
+    held_out: what models are verified on, or () for nothing.
   """
 
   seed: Array
   federation: Federation
   pooled: Span
   settings: PyTree
+  held_out: HeldOut | tuple[()] = ()
 
 
 class RoundMetrics(NamedTuple):
@@ -69,10 +72,12 @@ class Scores(NamedTuple):
   Attributes:
     own: int32 [R, C, C], confusion matrices on each client's own test examples.
     pooled: int32 [R, C, C], on the pooled test examples.
+    verification: float32 [R, 2], see `metrics.verification.rates`; () where nothing is held out.
   """
 
   own: Array
   pooled: Array
+  verification: Array | tuple[()] = ()
 
 
 class Simulator(NamedTuple):
@@ -290,7 +295,9 @@ def simulator(
       nothing = Span(jnp.int32(0), jnp.int32(0))
       return (), score(build(inputs.settings)[0].predict, inputs.federation, nothing, model, row)
 
-    return over_clients(one)((inputs, model), rows, ok)[1]
+    verified = _verified(partial(algorithm.predict, model), inputs)
+    everyone = jax.tree.map(lambda x: jnp.broadcast_to(x, (*rows.shape, *x.shape)), verified)
+    return over_clients(one)((inputs, model), rows, ok)[1]._replace(verification=everyone)
 
   @compiled
   def score_pooled(state: State, inputs: Inputs, classes: Array) -> Array:
@@ -327,7 +334,8 @@ def simulator(
       # The same key at every round: choosing when to return is not choosing luck.
       key = random.key(inputs.seed, Purpose.PERSONALIZE, id)
       model = algorithm.personalize(download, client, _data(inputs.federation, row), visit, key)
-      return (), score(algorithm.predict, inputs.federation, inputs.pooled, model, row)
+      scores = score(algorithm.predict, inputs.federation, inputs.pooled, model, row)
+      return (), scores._replace(verification=_verified(partial(algorithm.predict, model), inputs))
 
     ids = federation.id[rows]
     mine = jax.tree.map(lambda x: x[rows], state.clients)
@@ -356,6 +364,10 @@ def simulator(
     num_classes=num_classes,
     has_global_model=jax.eval_shape(has_global_model, inputs) is not None,
   )
+
+
+def _verified(answer: Callable[[Array], Any], inputs: Inputs) -> Array | tuple[()]:
+  return verify(answer, inputs.held_out) if isinstance(inputs.held_out, HeldOut) else ()
 
 
 def _at(span: Span, row: Array) -> Span:
