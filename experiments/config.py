@@ -35,6 +35,9 @@ class Config:
   """The settings of one run; the defaults are the main job: AP-FL on digits, most clients gone, two classes lost."""
 
   algorithm: str = _setting("ap_fl", "method; `help` lists them", choices=algorithms.METHODS)
+  wrappers: str = _setting(
+    "", f"around the method, comma-separated, the first innermost: {', '.join(algorithms.WRAPPERS)}"
+  )
   dataset: str = _setting("digits", "digits, fast, or a prepared image-classification set of tensorflow-datasets")
   data_dir: str = _setting("", "folder of prepared tensorflow-datasets; empty for their default")
   num_clients: int = _setting(10, "clients in the population", least=1)
@@ -79,6 +82,7 @@ class Config:
   checkpoint_every: int = _setting(10, "rounds between checkpoints; 0 for none", least=0)
   progress: bool = _setting(True, "show progress")
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+  wrapper_settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by wrapper
 
   def __post_init__(self) -> None:
     """Raises InputError for the first field outside its limits."""
@@ -87,17 +91,12 @@ class Config:
       object.__setattr__(self, field.name, value)
     if self.data_dir:
       object.__setattr__(self, "data_dir", os.path.abspath(os.path.expanduser(self.data_dir)))
-    known = algorithms.settings(self.algorithm)
-    for name in self.settings:
-      if name not in known:
-        raise InputError(f"{self.algorithm}_{name}: no such setting, accepted are {', '.join(known) or 'none'}")
-    whole = {
-      name: checked(
-        f"{self.algorithm}_{name}", self.settings.get(name, setting.default), type(setting.default), setting.limits
-      )
-      for name, setting in known.items()
-    }
-    object.__setattr__(self, "settings", whole)
+    object.__setattr__(self, "settings", _whole(self.algorithm, self.settings))
+    for name in self.wrapper_settings:
+      if name not in self.wrapper_names:
+        raise InputError(f"wrapper_settings: got {name!r}, accepted are those of wrappers: {self.wrappers or 'none'}")
+    wrapping = {name: _whole(name, self.wrapper_settings.get(name, {})) for name in self.wrapper_names}
+    object.__setattr__(self, "wrapper_settings", wrapping)
     processes, rates = self.processes
     if len(rates) != len(processes):
       raise InputError(
@@ -105,6 +104,17 @@ class Config:
       )
     if self.cohort_size > self.num_clients:
       raise InputError(f"cohort_size: got {self.cohort_size}, accepted is 0 (all) to num_clients={self.num_clients}")
+
+  @property
+  def wrapper_names(self) -> tuple[str, ...]:
+    """The wrappers, the innermost first."""
+    names = tuple(part.strip() for part in self.wrappers.split(",") if part.strip())
+    for name in names:
+      if name not in algorithms.WRAPPERS:
+        raise InputError(f"wrappers: got {name!r}, accepted are {', '.join(algorithms.WRAPPERS)}, comma-separated")
+    if len(set(names)) < len(names):
+      raise InputError(f"wrappers: got {self.wrappers!r}, accepted is each at most once")
+    return names
 
   @property
   def processes(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -130,12 +140,25 @@ class Config:
   def lines(self) -> list[str]:
     """All flags of the run, a --name=value a line, as flags.txt holds them."""
     values = {field.name: getattr(self, field.name) for field in fields()}
-    values |= {f"{self.algorithm}_{name}": value for name, value in self.settings.items()}
+    for owner, settings in {self.algorithm: self.settings, **self.wrapper_settings}.items():
+      values |= {f"{owner}_{name}": value for name, value in settings.items()}
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()]
 
   def identity(self) -> set[str]:
     """The lines that make it this run and no other."""
     return {line for line in self.lines() if not line.startswith(tuple(f"--{name}=" for name in _NOT_OF_A_RUN))}
+
+
+def _whole(owner: str, given: dict[str, Any]) -> dict[str, Any]:
+  """All settings of a method or wrapper, those given and the defaults, checked."""
+  known = algorithms.settings(owner)
+  for name in given:
+    if name not in known:
+      raise InputError(f"{owner}_{name}: no such setting, accepted are {', '.join(known) or 'none'}")
+  return {
+    name: checked(f"{owner}_{name}", given.get(name, setting.default), type(setting.default), setting.limits)
+    for name, setting in known.items()
+  }
 
 
 # How a process runs, not what: no part of a run's settings.
@@ -149,7 +172,7 @@ flags.DEFINE_integer("process_id", -1, "this process's number, from 0", lower_bo
 
 def fields() -> list[dataclasses.Field]:
   """The fields that are flags of their own."""
-  return [field for field in dataclasses.fields(Config) if field.name != "settings"]
+  return [field for field in dataclasses.fields(Config) if not field.name.endswith("settings")]
 
 
 _DEFINE: dict[type, Any] = {
@@ -161,26 +184,29 @@ _DEFINE: dict[type, Any] = {
 
 
 def define_flags() -> None:
-  """Defines a flag for every field of `Config` and for every setting of every method."""
+  """Defines a flag for every field of `Config` and for every setting of every method and wrapper."""
   for field in fields():
     choices = field.metadata["limits"].choices
     help = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
     _DEFINE[type(field.default)](field.name, field.default, help)
-  for method in algorithms.METHODS:
-    for name, setting in algorithms.settings(method).items():
-      _DEFINE[type(setting.default)](f"{method}_{name}", setting.default, f"{method}: {setting.text}")
+  for owner in (*algorithms.METHODS, *algorithms.WRAPPERS):
+    for name, setting in algorithms.settings(owner).items():
+      _DEFINE[type(setting.default)](f"{owner}_{name}", setting.default, f"{owner}: {setting.text}")
 
 
 def from_flags() -> Config:
   """The Config that the parsed flags say."""
   values: dict[str, Any] = {field.name: flags.FLAGS[field.name].value for field in fields()}
-  method = values["algorithm"]
-  for other in algorithms.METHODS:
-    for name in algorithms.settings(other) if other != method else ():
-      if flags.FLAGS[f"{other}_{name}"].present:
-        print(f"note: --{other}_{name} has no effect on --algorithm={method}", file=sys.stderr)
+  method, wrappers = values["algorithm"], [part.strip() for part in values["wrappers"].split(",")]
+  of = lambda owner: {name: flags.FLAGS[f"{owner}_{name}"].value for name in algorithms.settings(owner)}
+  for owner in (*algorithms.METHODS, *algorithms.WRAPPERS):
+    for name in algorithms.settings(owner) if owner not in (method, *wrappers) else ():
+      if flags.FLAGS[f"{owner}_{name}"].present:
+        around = f" --wrappers={values['wrappers']}" if values["wrappers"] else ""
+        print(f"note: --{owner}_{name} has no effect on --algorithm={method}{around}", file=sys.stderr)
   if method in algorithms.METHODS:
-    values["settings"] = {name: flags.FLAGS[f"{method}_{name}"].value for name in algorithms.settings(method)}
+    values["settings"] = of(method)
+  values["wrapper_settings"] = {name: of(name) for name in wrappers if name in algorithms.WRAPPERS}
   return Config(**values)
 
 

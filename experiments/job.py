@@ -95,8 +95,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
   )
 
   mesh = simulation.default_mesh()
-  traced = {name: jnp.float32(value) for name, value in config.settings.items() if isinstance(value, float)}
-  static = {name: value for name, value in config.settings.items() if name not in traced}
+  traced, static = _parted(config.settings)
+  around = {name: _parted(settings) for name, settings in config.wrapper_settings.items()}
   head = entry.head if config.head == "auto" else config.head
 
   def task(settings: PyTree) -> Task:
@@ -130,6 +130,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
 
   def build(settings: PyTree) -> tuple[Algorithm, Process]:
     algorithm = entry.make(task(settings), **static, **settings["method"])
+    for name, (_, fixed) in around.items():
+      algorithm = algorithms.WRAPPERS[name].make(algorithm, task(settings), **fixed, **settings["wrappers"][name])
     waiting = population.waiting(settings["server_wait"])
     return algorithm, population.make(names, config.num_clients, settings["drop_rates"], waiting)
 
@@ -142,6 +144,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
       "drop_rates": jnp.asarray(rates, jnp.float32),
       "embeddings": jnp.asarray(table),
       "method": traced,
+      "wrappers": {name: floats for name, (floats, _) in around.items()},
       "rounds": jnp.int32(config.rounds),
       "server_wait": jnp.int32(config.server_wait),
     },
@@ -221,6 +224,12 @@ def _draw(workdir: Path) -> None:
     report.write(workdir)
   except InputError as error:  # matplotlib is missing; the numbers are all there
     print(f"report.html is not drawn: {error}", file=sys.stderr)
+
+
+def _parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Settings that are traced, and those that are not."""
+  traced = {name: jnp.float32(value) for name, value in settings.items() if isinstance(value, float)}
+  return traced, {name: value for name, value in settings.items() if name not in traced}
 
 
 def _departed(config: Config) -> np.ndarray:
@@ -411,6 +420,7 @@ def _summary(
   spent = [watch.read(), *result.record.timings[: result.restored]]
   return {
     "algorithm": config.algorithm,
+    "wrappers": list(config.wrapper_names),
     "dataset": config.dataset,
     "num_clients": config.num_clients,
     "rounds": config.rounds,

@@ -1,4 +1,4 @@
-"""The methods: one file each, made by `method(task, **settings)`, listed once in `METHODS`."""
+"""The methods: one file each, made by `method(task, **settings)`, listed once in `METHODS`; wrappers in `WRAPPERS`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ from apfl_jax.algorithms.per_fedavg import per_fedavg
 from apfl_jax.algorithms.persafl import persafl
 from apfl_jax.algorithms.pfedme import pfedme
 from apfl_jax.algorithms.scaffold import scaffold
+from apfl_jax.algorithms.wrappers import krum
 from apfl_jax.settings import Setting, of
 from apfl_jax.types import Algorithm, Task
 
@@ -61,6 +62,18 @@ class Method(NamedTuple):
   head: str = "free"
   samples: Callable[..., Any] | None = None
   pools: bool = False
+
+
+class Wrapper(NamedTuple):
+  """A row of the table of wrappers.
+
+  Attributes:
+    make: (algorithm, task, **settings) -> Algorithm.
+    paper: where it comes from.
+  """
+
+  make: Callable[..., Algorithm]
+  paper: str
 
 
 METHODS: dict[str, Method] = {
@@ -108,17 +121,23 @@ METHODS: dict[str, Method] = {
   "scaffold": Method(scaffold, "Karimireddy et al. 2020, arXiv 1910.06378", keeps="its control variate"),
 }
 
+WRAPPERS: dict[str, Wrapper] = {
+  "krum": Wrapper(krum, "Blanchard et al. 2017, arXiv 1703.02757"),
+}
+
 
 def settings(name: str) -> dict[str, Setting]:
-  """A method's own settings: the keyword-only arguments of its `make`."""
-  return of(METHODS[name].make)
+  """A method's or a wrapper's own settings: the keyword-only arguments of its `make`."""
+  return of((METHODS.get(name) or WRAPPERS[name]).make)
 
 
 __all__ = [
   "METHODS",
+  "WRAPPERS",
   "Algorithm",
   "Method",
   "Task",
+  "Wrapper",
   "adaptive_pfl",
   "ap_fl",
   "central",
@@ -146,6 +165,7 @@ __all__ = [
   "fl_fdms",
   "gpfl",
   "knn_per",
+  "krum",
   "lg_fedavg",
   "local",
   "mifa",

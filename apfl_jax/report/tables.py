@@ -53,8 +53,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def title(summary: dict[str, Any]) -> str:
-  """The method on the data set, e.g. 'ap_fl on digits'."""
-  return f"{summary['algorithm']} on {summary['dataset']}"
+  """The method on the data set, e.g. 'ap_fl on digits' or 'fedavg with krum on digits'."""
+  around = f" with {', '.join(wrappers)}" if (wrappers := summary.get("wrappers")) else ""
+  return f"{summary['algorithm']}{around} on {summary['dataset']}"
 
 
 def table(summary: dict[str, Any]) -> str:
