@@ -29,6 +29,7 @@ class Purpose(enum.IntEnum):
   PARTITION = 9
   SPLIT = 10
   POPULATION_START = 11
+  VERIFICATION = 12
 
 
 def key(seed: Array | int, purpose: Purpose, *data: Array | int) -> Key:

@@ -59,6 +59,18 @@ class Federation(NamedTuple):
   test: Span
 
 
+class HeldOut(NamedTuple):
+  """Examples of classes that nobody trains on, for verification.
+
+  Attributes:
+    images: uint8 [P, height, width, channels], equally many for each class.
+    identity: int32 [P], the class of each, from 0; -1 for padding.
+  """
+
+  images: Array
+  identity: Array
+
+
 class Data(NamedTuple):
   """What a method sees of one client.
 
@@ -296,6 +308,7 @@ class Availability(NamedTuple):
     work: float32 in (0, 1], the share of its local steps that it does.
     speed: float32 > 0, local steps a second of virtual time.
     gone: bool, not present in this round nor in any later one.
+    wait: int32, local steps for which it is idle after its upload, until the server answers.
   """
 
   present: Array
@@ -304,6 +317,7 @@ class Availability(NamedTuple):
   work: Array
   speed: Array
   gone: Array
+  wait: Array
 
 
 class Process(NamedTuple):

@@ -35,6 +35,9 @@ class Config:
   """The settings of one run; the defaults are the main job: AP-FL on digits, most clients gone, two classes lost."""
 
   algorithm: str = _setting("ap_fl", "method; `help` lists them", choices=algorithms.METHODS)
+  wrappers: str = _setting(
+    "", f"around the method, comma-separated, the first innermost: {', '.join(algorithms.WRAPPERS)}"
+  )
   dataset: str = _setting("digits", "digits, fast, or a prepared image-classification set of tensorflow-datasets")
   data_dir: str = _setting("", "folder of prepared tensorflow-datasets; empty for their default")
   num_clients: int = _setting(10, "clients in the population", least=1)
@@ -46,8 +49,12 @@ class Config:
   clusters: int = _setting(5, "of clients that hold the same classes, of the clustered partition", least=1)
   min_size: int = _setting(16, "least examples of a client", least=2)
   monopolistic_classes: int = _setting(2, "classes that only clients which drop hold", least=0)
+  verification_classes: int = _setting(
+    0, "classes that nobody trains on and features are verified on; 0 for none", least=0
+  )
   dropout: str = _setting("cold", f"processes of availability, comma-separated: {', '.join(PROCESSES)}")
   drop_rate: str = _setting("0.6", "rate of each process in [0, 1], comma-separated; one stands for all")
+  server_wait: int = _setting(0, "local steps for which a client is idle while the server is late", least=0)
   versions: int = _setting(1, "server versions kept for late clients; no process of today delays any", least=1)
   rounds: int = _setting(40, "rounds", least=1)
   local_epochs: int = _setting(1, "passes over a client's examples a round, where local_steps is 0", least=1)
@@ -88,6 +95,7 @@ class Config:
   checkpoint_every: int = _setting(10, "rounds between checkpoints; 0 for none", least=0)
   progress: bool = _setting(True, "show progress")
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+  wrapper_settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by wrapper
 
   def __post_init__(self) -> None:
     """Raises InputError for the first field outside its limits."""
@@ -96,17 +104,12 @@ class Config:
       object.__setattr__(self, field.name, value)
     if self.data_dir:
       object.__setattr__(self, "data_dir", os.path.abspath(os.path.expanduser(self.data_dir)))
-    known = algorithms.settings(self.algorithm)
-    for name in self.settings:
-      if name not in known:
-        raise InputError(f"{self.algorithm}_{name}: no such setting, accepted are {', '.join(known) or 'none'}")
-    whole = {
-      name: checked(
-        f"{self.algorithm}_{name}", self.settings.get(name, setting.default), type(setting.default), setting.limits
-      )
-      for name, setting in known.items()
-    }
-    object.__setattr__(self, "settings", whole)
+    object.__setattr__(self, "settings", _whole(self.algorithm, self.settings))
+    for name in self.wrapper_settings:
+      if name not in self.wrapper_names:
+        raise InputError(f"wrapper_settings: got {name!r}, accepted are those of wrappers: {self.wrappers or 'none'}")
+    wrapping = {name: _whole(name, self.wrapper_settings.get(name, {})) for name in self.wrapper_names}
+    object.__setattr__(self, "wrapper_settings", wrapping)
     processes, rates = self.processes
     if len(rates) != len(processes):
       raise InputError(
@@ -114,6 +117,17 @@ class Config:
       )
     if self.cohort_size > self.num_clients:
       raise InputError(f"cohort_size: got {self.cohort_size}, accepted is 0 (all) to num_clients={self.num_clients}")
+
+  @property
+  def wrapper_names(self) -> tuple[str, ...]:
+    """The wrappers, the innermost first."""
+    names = _listed(self.wrappers)
+    for name in names:
+      if name not in algorithms.WRAPPERS:
+        raise InputError(f"wrappers: got {name!r}, accepted are {', '.join(algorithms.WRAPPERS)}, comma-separated")
+    if len(set(names)) < len(names):
+      raise InputError(f"wrappers: got {self.wrappers!r}, accepted is each at most once")
+    return names
 
   @property
   def processes(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -139,12 +153,25 @@ class Config:
   def lines(self) -> list[str]:
     """All flags of the run, a --name=value a line, as flags.txt holds them."""
     values = {field.name: getattr(self, field.name) for field in fields()}
-    values |= {f"{self.algorithm}_{name}": value for name, value in self.settings.items()}
+    for owner, settings in {self.algorithm: self.settings, **self.wrapper_settings}.items():
+      values |= {f"{owner}_{name}": value for name, value in settings.items()}
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()]
 
   def identity(self) -> set[str]:
     """The lines that make it this run and no other."""
     return {line for line in self.lines() if not line.startswith(tuple(f"--{name}=" for name in _NOT_OF_A_RUN))}
+
+
+def _whole(owner: str, given: dict[str, Any]) -> dict[str, Any]:
+  """All settings of a method or wrapper, those given and the defaults, checked."""
+  known = algorithms.settings(owner)
+  for name in given:
+    if name not in known:
+      raise InputError(f"{owner}_{name}: no such setting, accepted are {', '.join(known) or 'none'}")
+  return {
+    name: checked(f"{owner}_{name}", given.get(name, setting.default), type(setting.default), setting.limits)
+    for name, setting in known.items()
+  }
 
 
 # How a process runs, not what: no part of a run's settings.
@@ -158,7 +185,7 @@ flags.DEFINE_integer("process_id", -1, "this process's number, from 0", lower_bo
 
 def fields() -> list[dataclasses.Field]:
   """The fields that are flags of their own."""
-  return [field for field in dataclasses.fields(Config) if field.name != "settings"]
+  return [field for field in dataclasses.fields(Config) if not field.name.endswith("settings")]
 
 
 _DEFINE: dict[type, Any] = {
@@ -169,34 +196,41 @@ _DEFINE: dict[type, Any] = {
 }
 
 
+def _listed(text: str) -> tuple[str, ...]:
+  """The parts of a comma-separated list."""
+  return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def define_flags(but: Collection[str] = ()) -> None:
-  """Defines a flag for every field of `Config`, `but` for some, and for every setting of every method."""
+  """Defines a flag for every field of `Config`, `but` for some, and for every setting of every method and wrapper."""
   for field in fields():
     if field.name in but:
       continue
     choices = field.metadata["limits"].choices
     help = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
     _DEFINE[type(field.default)](field.name, field.default, help)
-  for method in algorithms.METHODS:
-    for name, setting in algorithms.settings(method).items():
-      _DEFINE[type(setting.default)](f"{method}_{name}", setting.default, f"{method}: {setting.text}")
+  for owner in (*algorithms.METHODS, *algorithms.WRAPPERS):
+    for name, setting in algorithms.settings(owner).items():
+      _DEFINE[type(setting.default)](f"{owner}_{name}", setting.default, f"{owner}: {setting.text}")
 
 
 def from_flags(**given: Any) -> Config:
   """The Config that the parsed flags say, but for the fields that are `given`."""
   values: dict[str, Any] = {f.name: flags.FLAGS[f.name].value for f in fields() if f.name not in given} | given
-  method = values["algorithm"]
-  if method in algorithms.METHODS:
-    values["settings"] = {name: flags.FLAGS[f"{method}_{name}"].value for name in algorithms.settings(method)}
+  of = lambda owner: {name: flags.FLAGS[f"{owner}_{name}"].value for name in algorithms.settings(owner)}
+  if values["algorithm"] in algorithms.METHODS:
+    values["settings"] = of(values["algorithm"])
+  values["wrapper_settings"] = {name: of(name) for name in _listed(values["wrappers"]) if name in algorithms.WRAPPERS}
   return Config(**values)
 
 
 def note_unused(methods: Collection[str]) -> None:
-  """Tells of flags that are settings of other methods."""
-  for other in algorithms.METHODS:
-    for name in algorithms.settings(other) if other not in methods else ():
+  """Tells of flags that are settings of other methods and wrappers."""
+  used = (*methods, *_listed(flags.FLAGS.wrappers))
+  for other in (*algorithms.METHODS, *algorithms.WRAPPERS):
+    for name in algorithms.settings(other) if other not in used else ():
       if flags.FLAGS[f"{other}_{name}"].present:
-        print(f"note: --{other}_{name} has no effect on {', '.join(methods)}", file=sys.stderr)
+        print(f"note: --{other}_{name} has no effect on {', '.join(used)}", file=sys.stderr)
 
 
 def table_of_methods() -> str:

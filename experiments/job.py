@@ -21,7 +21,7 @@ import apfl_jax
 from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
-from apfl_jax.types import Algorithm, LocalSGD, Process, PyTree, Task
+from apfl_jax.types import Algorithm, Federation, HeldOut, LocalSGD, Process, PyTree, Task
 from experiments.config import Config
 
 _SAMPLES = 8  # images a class in the report
@@ -32,7 +32,9 @@ class Job(NamedTuple):
 
   Attributes:
     config: the settings.
-    dataset: what is learnt.
+    dataset: what is learnt, without the classes of verification.
+    verified: names of those.
+    federation: who holds what; with a method that pools, the inputs have the pool instead.
     inputs: what is traced.
     build: settings -> (algorithm, process).
     task: settings -> Task.
@@ -42,6 +44,8 @@ class Job(NamedTuple):
 
   config: Config
   dataset: data.Dataset
+  verified: tuple[str, ...]
+  federation: Federation
   inputs: simulation.Inputs
   build: Callable[[PyTree], tuple[Algorithm, Process]]
   task: Callable[[PyTree], Task]
@@ -57,9 +61,16 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     dataset: taken in place of the one that the settings name.
   """
   simulation.resolve(config.client_map)
+  entry = algorithms.METHODS[config.algorithm]
+  if entry.pools and (place := places(config)["data_on"]) != "device":
+    raise InputError(
+      f"data_on: got {place!r} with --algorithm={config.algorithm}, whose clients all read the whole pool;"
+      " accepted is device"
+    )
   dataset = dataset or data.load(config.dataset, config.data_dir or None)
-  num_classes, image_shape = len(dataset.class_names), dataset.images.shape[1:]
   host = lambda purpose: np.random.default_rng([config.seed, int(purpose)])
+  dataset, held_out, verified = _without(config, dataset, host(random.Purpose.VERIFICATION))
+  num_classes, image_shape = len(dataset.class_names), dataset.images.shape[1:]
 
   names, rates = config.processes
   gone = _departed(config)
@@ -75,16 +86,19 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     )
   partition = _partition(config, dataset.labels, num_classes, gone, host(random.Purpose.PARTITION))
   federation, pooled = data.build(
-    dataset, partition, rng=host(random.Purpose.SPLIT), pooled_examples=config.pooled_examples
+    dataset,
+    partition,
+    rng=host(random.Purpose.SPLIT),
+    pooled_examples=config.pooled_examples,
+    index_size=_index_size(config, dataset),
   )
   table = semantics.embeddings(
     config.embeddings, dataset.class_names, dataset.name, rng=host(random.Purpose.EMBEDDINGS)
   )
 
   mesh = simulation.default_mesh()
-  entry = algorithms.METHODS[config.algorithm]
-  traced = {name: jnp.float32(value) for name, value in config.settings.items() if isinstance(value, float)}
-  static = {name: value for name, value in config.settings.items() if name not in traced}
+  traced, static = _parted(config.settings)
+  around = {name: _parted(settings) for name, settings in config.wrapper_settings.items()}
   head = entry.head if config.head == "auto" else config.head
 
   def task(settings: PyTree) -> Task:
@@ -118,19 +132,25 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
 
   def build(settings: PyTree) -> tuple[Algorithm, Process]:
     algorithm = entry.make(task(settings), **static, **settings["method"])
-    return algorithm, population.make(names, config.num_clients, settings["drop_rates"])
+    for name, (_, fixed) in around.items():
+      algorithm = algorithms.WRAPPERS[name].make(algorithm, task(settings), **fixed, **settings["wrappers"][name])
+    waiting = population.waiting(settings["server_wait"])
+    return algorithm, population.make(names, config.num_clients, settings["drop_rates"], waiting)
 
   inputs = simulation.Inputs(
     seed=jnp.uint32(config.seed),
-    federation=federation,
+    federation=data.pooled(federation) if entry.pools else federation,
     pooled=pooled,
     settings={
       "learning_rate": jnp.float32(config.learning_rate),
       "drop_rates": jnp.asarray(rates, jnp.float32),
       "embeddings": jnp.asarray(table),
       "method": traced,
+      "wrappers": {name: floats for name, (floats, _) in around.items()},
       "rounds": jnp.int32(config.rounds),
+      "server_wait": jnp.int32(config.server_wait),
     },
+    held_out=held_out,
   )
   simulator = simulation.simulator(
     build,
@@ -145,7 +165,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     how=config.client_map,
     mesh=mesh,
   )
-  return Job(config, dataset, inputs, build, task, simulator, gone)
+  return Job(config, dataset, verified, federation, inputs, build, task, simulator, gone)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -230,6 +250,12 @@ def _draw(workdir: Path) -> None:
     print(f"report.html is not drawn: {error}", file=sys.stderr)
 
 
+def _parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Settings that are traced, and those that are not."""
+  traced = {name: jnp.float32(value) for name, value in settings.items() if isinstance(value, float)}
+  return traced, {name: value for name, value in settings.items() if name not in traced}
+
+
 def _departed(config: Config) -> np.ndarray:
   """bool [N]: who never takes part or leaves for good, known from the seed before anything is partitioned."""
   names, rates = config.processes
@@ -240,6 +266,25 @@ def _departed(config: Config) -> np.ndarray:
     return population.departed(process, seed, rounds, config.num_clients)
 
   return np.asarray(schedule(jnp.uint32(config.seed), jnp.asarray(rates, jnp.float32), jnp.int32(config.rounds)))
+
+
+def _without(
+  config: Config, dataset: data.Dataset, rng: np.random.Generator
+) -> tuple[data.Dataset, HeldOut | tuple[()], tuple[str, ...]]:
+  """The data set without the classes that are verified; examples of those and their names."""
+  number, most = config.verification_classes, len(dataset.class_names) - 2
+  if not number:
+    return dataset, (), ()
+  if not 2 <= number <= most:
+    raise InputError(f"verification_classes: got {number}, accepted are 0 and 2 to {most}")
+  classes = np.sort(rng.choice(len(dataset.class_names), number, replace=False))
+  return *data.hold_out(dataset, classes), tuple(dataset.class_names[c] for c in classes)
+
+
+def _index_size(config: Config, dataset: data.Dataset) -> int:
+  """Entries of the index if no class were taken out: how large those are is the seed's choice."""
+  examples = config.num_clients * config.examples_per_client or len(dataset.labels)
+  return examples + min(config.pooled_examples or len(dataset.test_labels), len(dataset.test_labels))
 
 
 def _partition(
@@ -254,14 +299,16 @@ def _partition(
     "pathological": partial(data.partition.pathological, classes_per_client=config.classes_per_client),
     "clustered": partial(data.partition.clustered, clusters=config.clusters),
   }
-  return splits[config.partition](
-    labels,
+  there = np.flatnonzero(labels >= 0)
+  partition = splits[config.partition](
+    labels[there],
     config.num_clients,
     rng=rng,
     allowed=allowed,
     min_size=config.min_size,
     examples_per_client=config.examples_per_client,
   )
+  return partition._replace(index=there[partition.index])
 
 
 # --- the run directory ------------------------------------------------------------------------------------------------
@@ -310,7 +357,7 @@ def _write_record(workdir: Path, record: simulation.Record) -> None:
 
 def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: np.ndarray) -> None:
   """clients.csv: a line for each client; accuracies are empty where it was not scored."""
-  federation = job.inputs.federation
+  federation = job.federation
 
   def cells(values: np.ndarray) -> list[str]:
     everyone = np.full(len(result.dropped), np.nan)
@@ -339,8 +386,8 @@ def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: n
 
 def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
   """What the report draws and no other file holds."""
-  histogram = data.histogram(jax.tree.map(np.asarray, job.inputs.federation), len(job.dataset.class_names))
-  took_part = np.asarray(result.state.times) > 0
+  histogram = data.histogram(job.federation, len(job.dataset.class_names))
+  took_part = (np.asarray(result.state.times) > 0) | algorithms.METHODS[job.config.algorithm].pools
   arrays: dict[str, np.ndarray] = {
     "histogram": histogram,
     "presence": np.array([list(map(int, line)) for line in result.record.presence], np.uint8),
@@ -379,7 +426,7 @@ def _summary(
   monopolistic = np.flatnonzero(held.any(axis=0) & ~held[~result.dropped].any(axis=0))
   monopolist = np.any(held[:, monopolistic], axis=1)[result.rows]
   dropped = result.dropped[result.rows]
-  sizes = np.asarray(job.inputs.federation.test.size)[result.rows]
+  sizes = np.asarray(job.federation.test.size)[result.rows]
   mean = lambda values: float(values.mean()) if values.size else None
 
   def summarised(scores: simulation.Scores | None) -> dict[str, float | None] | None:
@@ -398,10 +445,11 @@ def _summary(
       confusion, result.pooled_confusion(~arrays["seen"]) if len(lost) else confusion, lost.tolist()
     )
   devices = job.simulator.mesh.size if job.simulator.mesh else 1
-  prices = simulation.prices(job.build, job.inputs, result.state.server)
+  prices = simulation.prices(job.build, job.inputs, result.state.server, config.server_wait)
   spent = [watch.read(), *result.record.timings[: result.restored]]
   return {
     "algorithm": config.algorithm,
+    "wrappers": list(config.wrapper_names),
     "dataset": config.dataset,
     "num_clients": config.num_clients,
     "rounds": config.rounds,
@@ -414,6 +462,7 @@ def _summary(
       "personal_dropped": mean(pooled[dropped]),
     },
     "unseen": unseen,
+    "verification": _verification(job, result),
     "cost": simulation.cost(prices, result)._asdict(),
     "partition": config.partition,
     "alpha": config.alpha if config.partition == "dirichlet" else None,
@@ -432,6 +481,23 @@ def _summary(
     "commit": _commit(),
     "finished": True,
   }
+
+
+def _verification(job: Job, result: simulation.Result) -> dict[str, Any] | None:
+  """What summary.json says of verification."""
+  if not job.verified:
+    return None
+  dropped, personal = result.dropped[result.rows], np.asarray(result.personal_scores.verification)
+  section: dict[str, Any] = {"classes": list(job.verified), "far": metrics.verification.FAR}
+  for place, name in enumerate(("eer", "tar")):
+    mean = lambda rows, place=place: float(rows[:, place].mean()) if np.isfinite(rows).any() else None
+    section[name] = {
+      "global_model": mean(np.asarray(result.global_scores.verification)[:1]) if result.global_scores else None,
+      "personal_mean": mean(personal),
+      "personal_dropped": mean(personal[dropped]),
+      "personal_present": mean(personal[~dropped]),
+    }
+  return section
 
 
 def versions() -> dict[str, str]:

@@ -67,10 +67,10 @@ def data(client: int, size: int | None = None) -> Data:
   return Data(store, span, span)
 
 
-def visit(client: int, *, round: int = 0, times: int = 0, work: float = 1.0) -> Visit:
+def visit(client: int, *, round: int = 0, times: int = 0, work: float = 1.0, wait: int = 0) -> Visit:
   """A client's circumstances."""
   zero = jnp.int32(0)
-  return Visit(jnp.int32(client), jnp.int32(round), jnp.int32(times), zero, jnp.float32(work), zero)
+  return Visit(jnp.int32(client), jnp.int32(round), jnp.int32(times), zero, jnp.float32(work), jnp.int32(wait))
 
 
 class Rounds:
@@ -91,6 +91,8 @@ class Rounds:
     lost: Sequence[int] = (),
     sizes: dict[int, int] | None = None,
     work: dict[int, float] | None = None,
+    staleness: Sequence[int] | None = None,
+    wait: int = 0,
   ) -> Received:
     """A round of these clients, some with other sizes or less work, some uploads lost; returns what the server got."""
     download = self.algorithm.download(self.server)
@@ -100,7 +102,7 @@ class Rounds:
       new = id not in self.clients
       client = self.algorithm.init_client(mine, jax.random.key(id)) if new else self.clients[id]
       key = jax.random.fold_in(jax.random.key(self._round), id)
-      circumstances = visit(id, round=self._round, times=0 if new else 1, work=(work or {}).get(id, 1.0))
+      circumstances = visit(id, round=self._round, times=0 if new else 1, work=(work or {}).get(id, 1.0), wait=wait)
       size = (sizes or {}).get(id)
       self.clients[id], upload = self._update(mine, client, data(id, size), circumstances, key)
       uploads.append(upload)
@@ -114,7 +116,7 @@ class Rounds:
       kept=jax.tree.map(stack, *(u.kept for u in uploads)),
       ids=jnp.asarray(ids, jnp.int32),
       arrived=arrived,
-      staleness=jnp.zeros(len(ids), jnp.int32),
+      staleness=jnp.asarray(staleness or [0] * len(ids), jnp.int32),
     )
     self.server = self._aggregate(self.server, received, jax.random.key(100 + self._round))
     self._round += 1

@@ -30,20 +30,27 @@ _SMALL: dict[str, dict[str, Any]] = {
     "grid_points": 2,
   },
   "dense": {"warmup": 0.2, "epochs": 2, "generator_steps": 2, "generator_batch": 8},
+  "fedasync": {"alpha": 1.0, "exponent": 1.0},
+  "fedbuff": {"buffer_size": 3},
   "fedftg": {"iterations": 2, "model_steps": 2, "generator_batch": 8},
+  "krum": {"selected": 3},
   "fedgen": {"generator_steps": 10, "generator_batch": 8, "generator_learning_rate": 0.01},
 }
 
 
-def _method_settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The settings of a method: floats, which are traced, and the others."""
+def _settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The settings of a method or wrapper: floats, which are traced, and the others."""
   values = {key: setting.default for key, setting in algorithms.settings(name).items()} | _SMALL.get(name, {})
   traced = {key: value for key, value in values.items() if isinstance(value, float)}
   return traced, {key: value for key, value in values.items() if key not in traced}
 
 
 def build(name: str, num_clients: int, settings: PyTree, mesh: Mesh | None = None) -> tuple[Algorithm, Process]:
-  """A method on the multilayer perceptron; some clients never come and uploads get lost, at `drop_rates`."""
+  """A method on the multilayer perceptron; some clients never come and uploads get lost, at `drop_rates`.
+
+  `name` may go on with wrappers, as in 'fedavg|krum'.
+  """
+  name, *wrappers = name.split("|")
   embeddings = settings["embeddings"]
   head = "free" if algorithms.METHODS[name].head == "free" else "anchored"
   model = nn.classifier("mlp", IMAGE_SHAPE, NUM_CLASSES, head=head, embeddings=embeddings)
@@ -58,23 +65,31 @@ def build(name: str, num_clients: int, settings: PyTree, mesh: Mesh | None = Non
   )
   spread = simulation.spread(mesh)
   task = Task(num_clients, NUM_CLASSES, IMAGE_SHAPE, embeddings, model, sgd, settings["rounds"], spread)
-  algorithm = algorithms.METHODS[name].make(task, **_method_settings(name)[1], **settings["method"])
+  algorithm = algorithms.METHODS[name].make(task, **_settings(name)[1], **settings["method"])
+  for wrapper in wrappers:
+    static = _settings(wrapper)[1]
+    algorithm = algorithms.WRAPPERS[wrapper].make(algorithm, task, **static, **settings["wrappers"][wrapper])
   return algorithm, population.make(("cold", "bernoulli"), num_clients, settings["drop_rates"])
 
 
 @functools.cache
 def inputs(name: str, num_clients: int = NUM_CLIENTS) -> Inputs:
   """Seed 0, nobody drops, classes shared out unevenly, 40 examples a client at least."""
+  name, *wrappers = name.split("|")
+  traced = lambda owner: {key: np.float32(value) for key, value in _settings(owner)[0].items()}
   dataset = data.load("fast")
   rng = np.random.default_rng(0)
   partition = data.partition.dirichlet(dataset.labels, num_clients, rng=rng, alpha=0.5, min_size=40)
   federation, pooled = data.build(dataset, partition, rng=rng, pooled_examples=64)
+  if algorithms.METHODS[name].pools:
+    federation = data.pooled(federation)
   settings: PyTree = {
     "learning_rate": np.float32(LEARNING_RATE),
     "drop_rates": np.zeros(2, np.float32),
     "rounds": np.int32(ROUNDS),
     "embeddings": semantics.embeddings("onehot", dataset.class_names, dataset.name, rng=rng),
-    "method": {key: np.float32(value) for key, value in _method_settings(name)[0].items()},
+    "method": traced(name),
+    "wrappers": {wrapper: traced(wrapper) for wrapper in wrappers},
   }
   return Inputs(jnp.uint32(0), *jax.tree.map(jnp.asarray, (federation, pooled, settings)))
 

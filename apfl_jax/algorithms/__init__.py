@@ -1,4 +1,4 @@
-"""The methods: one file each, made by `method(task, **settings)`, listed once in `METHODS`."""
+"""The methods: one file each, made by `method(task, **settings)`, listed once in `METHODS`; wrappers in `WRAPPERS`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 from apfl_jax.algorithms import ap_fl as ap_fl_package
 from apfl_jax.algorithms.adaptive_pfl import adaptive_pfl
 from apfl_jax.algorithms.ap_fl import ap_fl
+from apfl_jax.algorithms.central import central
 from apfl_jax.algorithms.dense import dense
 from apfl_jax.algorithms.ditto import ditto
 from apfl_jax.algorithms.fedala import fedala
+from apfl_jax.algorithms.fedasync import fedasync
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
 from apfl_jax.algorithms.fedbabu import fedbabu
+from apfl_jax.algorithms.fedbuff import fedbuff
 from apfl_jax.algorithms.feddbe import feddbe
 from apfl_jax.algorithms.feddyn import feddyn
 from apfl_jax.algorithms.fedftg import fedftg
@@ -31,10 +34,12 @@ from apfl_jax.algorithms.lg_fedavg import lg_fedavg
 from apfl_jax.algorithms.local import local
 from apfl_jax.algorithms.mifa import mifa
 from apfl_jax.algorithms.moon import moon
+from apfl_jax.algorithms.pafedfv import pafedfv
 from apfl_jax.algorithms.per_fedavg import per_fedavg
 from apfl_jax.algorithms.persafl import persafl
 from apfl_jax.algorithms.pfedme import pfedme
 from apfl_jax.algorithms.scaffold import scaffold
+from apfl_jax.algorithms.wrappers import krum
 from apfl_jax.settings import Setting, of
 from apfl_jax.types import Algorithm, Task
 
@@ -49,6 +54,7 @@ class Method(NamedTuple):
     keeps: what stays on the client between visits.
     head: the classifier's head that `--head=auto` gives it.
     samples: (task, server, key, count) -> images [C, count, ...] in [0, 1], if it has a generator.
+    pools: whether its clients train on all clients' examples, see `data.pooled`.
   """
 
   make: Callable[..., Algorithm]
@@ -57,6 +63,19 @@ class Method(NamedTuple):
   keeps: str = "nothing"
   head: str = "free"
   samples: Callable[..., Any] | None = None
+  pools: bool = False
+
+
+class Wrapper(NamedTuple):
+  """A row of the table of wrappers.
+
+  Attributes:
+    make: (algorithm, task, **settings) -> Algorithm.
+    paper: where it comes from.
+  """
+
+  make: Callable[..., Algorithm]
+  paper: str
 
 
 GROUPS = {
@@ -79,16 +98,19 @@ METHODS: dict[str, Method] = {
     head="anchored",
     samples=ap_fl_package.samples,
   ),
+  "central": Method(central, "the upper bound", "bounds", pools=True),
   "dense": Method(dense, "Zhang et al. 2022, arXiv 2112.12371", "generators"),
   "ditto": Method(ditto, "Li et al. 2021, arXiv 2012.04221", "personalised", keeps="its model"),
   "fedadam": Method(fedadam, "Reddi et al. 2021, arXiv 2003.00295", "global"),
   "fedala": Method(
     fedala, "Zhang et al. 2023, arXiv 2212.01197", "personalised", keeps="its model and its head's weights"
   ),
+  "fedasync": Method(fedasync, "Xie et al. 2019, arXiv 1903.03934", "asynchronous"),
   "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629", "global"),
   "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252", "personalised"),
   "fedavgm": Method(fedavgm, "Hsu et al. 2019, arXiv 1909.06335", "global"),
   "fedbabu": Method(fedbabu, "Oh et al. 2022, arXiv 2106.06042", "personalised"),
+  "fedbuff": Method(fedbuff, "Nguyen et al. 2022, arXiv 2106.06639", "asynchronous"),
   "feddbe": Method(feddbe, "Zhang et al. 2023, arXiv 2311.14975", "personalised", keeps="its mean representation"),
   "feddyn": Method(feddyn, "Acar et al. 2021, arXiv 2111.04263", "global", keeps="the sum of its moves"),
   "fedftg": Method(fedftg, "Zhang et al. 2022, arXiv 2203.09249", "generators", samples=fedftg_samples),
@@ -107,10 +129,20 @@ METHODS: dict[str, Method] = {
   "local": Method(local, "the lower bound", "bounds", keeps="its model"),
   "mifa": Method(mifa, "Gu et al. 2021, arXiv 2106.04159", "global", keeps="its last two updates"),
   "moon": Method(moon, "Li et al. 2021, arXiv 2103.16257", "global", keeps="its last model"),
+  "pafedfv": Method(
+    pafedfv,
+    "Mu et al. 2024, arXiv 2404.13237 (reconstructed)",
+    "asynchronous",
+    keeps="its head and what waiting brought",
+  ),
   "per_fedavg": Method(per_fedavg, "Fallah et al. 2020, arXiv 2002.07948", "personalised"),
   "persafl": Method(persafl, "Toghani et al. 2022, arXiv 2210.01176", "asynchronous"),
   "pfedme": Method(pfedme, "Dinh et al. 2020, arXiv 2006.08848", "personalised"),
   "scaffold": Method(scaffold, "Karimireddy et al. 2020, arXiv 1910.06378", "global", keeps="its control variate"),
+}
+
+WRAPPERS: dict[str, Wrapper] = {
+  "krum": Wrapper(krum, "Blanchard et al. 2017, arXiv 1703.02757"),
 }
 
 
@@ -122,26 +154,31 @@ def grouped() -> dict[str, dict[str, Method]]:
 
 
 def settings(name: str) -> dict[str, Setting]:
-  """A method's own settings: the keyword-only arguments of its `make`."""
-  return of(METHODS[name].make)
+  """A method's or a wrapper's own settings: the keyword-only arguments of its `make`."""
+  return of((METHODS.get(name) or WRAPPERS[name]).make)
 
 
 __all__ = [
   "GROUPS",
   "METHODS",
+  "WRAPPERS",
   "Algorithm",
   "Method",
   "Task",
+  "Wrapper",
   "adaptive_pfl",
   "ap_fl",
+  "central",
   "dense",
   "ditto",
   "fedadam",
   "fedala",
+  "fedasync",
   "fedavg",
   "fedavg_ft",
   "fedavgm",
   "fedbabu",
+  "fedbuff",
   "feddbe",
   "feddyn",
   "fedftg",
@@ -157,10 +194,12 @@ __all__ = [
   "gpfl",
   "grouped",
   "knn_per",
+  "krum",
   "lg_fedavg",
   "local",
   "mifa",
   "moon",
+  "pafedfv",
   "per_fedavg",
   "persafl",
   "pfedme",

@@ -23,6 +23,7 @@ from typing import Annotated
 import jax
 
 from apfl_jax import training
+from apfl_jax.algorithms import staleness
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
 from apfl_jax.algorithms.per_fedavg import per_fedavg
 from apfl_jax.algorithms.pfedme import pfedme
@@ -67,7 +68,7 @@ def persafl(
 
   def local_update(download, client, data, visit, key):
     client, upload = synchronous.local_update(download, client, data, visit, key)
-    discount = (1.0 + visit.staleness) ** -staleness_power
+    discount = staleness.polynomial(visit.staleness, staleness_power)
     update = jax.tree.map(lambda d: discount * d, upload.update)
     return client, Upload(update=update, weight=training.weight(task.sgd, data.train.size))
 

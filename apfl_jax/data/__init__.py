@@ -4,7 +4,8 @@ from pathlib import Path
 
 from apfl_jax.data import digits, fast, partition, tfds
 from apfl_jax.data.datasets import Dataset
-from apfl_jax.data.federation import build, histogram
+from apfl_jax.data.federation import build, histogram, pooled
+from apfl_jax.data.held_out import hold_out
 from apfl_jax.data.partition import Partition, choose_monopolistic, monopolistic
 
 BUILT_IN = {"digits": digits.load, "fast": fast.load}
@@ -32,7 +33,9 @@ __all__ = [
   "build",
   "choose_monopolistic",
   "histogram",
+  "hold_out",
   "load",
   "monopolistic",
   "partition",
+  "pooled",
 ]

@@ -19,6 +19,7 @@ def build(
   rng: np.random.Generator,
   fractions: tuple[float, float, float] = (0.6, 0.15, 0.25),
   pooled_examples: int = 0,
+  index_size: int = 0,
 ) -> tuple[Federation, Span]:
   """The federation of a partition, and the span of its pooled test examples; NumPy arrays throughout.
 
@@ -35,7 +36,9 @@ def build(
     partition: who holds them.
     rng: consumed.
     fractions: of train, validation and test (method 2.1 [O]); sum 1.
-    pooled_examples: size of the class-balanced sample of the data set's own test split; 0 takes it whole.
+    pooled_examples: size of the class-balanced sample of the data set's own test split; 0 takes it whole, but for
+      examples with a negative label.
+    index_size: entries that the index has at least; what is left means nothing.
 
   Raises:
     InputError: fractions that do not add up, or more than 2**31 - 1 index entries.
@@ -45,7 +48,7 @@ def build(
   if pooled_examples < 0:
     raise InputError(f"pooled_examples: got {pooled_examples}, needs at least 0")
   pooled = _pooled(dataset.test_labels, pooled_examples, rng) + len(dataset.labels)
-  length = len(partition.index) + len(pooled)
+  length = max(len(partition.index) + len(pooled), index_size)
   if length > np.iinfo(np.int32).max:
     raise InputError(f"partition: {length} index entries, at most {np.iinfo(np.int32).max} can be numbered")
 
@@ -54,7 +57,7 @@ def build(
   store = Store(
     _joined(dataset.images, dataset.test_images),
     _array(np.concatenate([dataset.labels, dataset.test_labels]), np.int32),
-    _array(np.concatenate([index, pooled]), np.int32),
+    _array(_padded([index, pooled], index_size), np.int32),
   )
   spans = (Span(_array(starts[:, i], np.int32), _array(sizes[:, i], np.int32)) for i in range(len(PARTS)))
   federation = Federation(store, _array(np.arange(len(sizes)), np.int32), *spans)
@@ -69,12 +72,43 @@ def histogram(federation: Federation, num_classes: int, part: str = "train") -> 
   """
   if part not in PARTS:
     raise InputError(f"part: got {part!r}, accepted are {', '.join(PARTS)}")
-  start, size = (np.asarray(field, np.int64) for field in getattr(federation, part))
-  before = np.cumsum(size) - size
-  place = np.repeat(start - before, size) + np.arange(size.sum())
-  label = np.asarray(federation.store.labels)[np.asarray(federation.store.index)[place]]
+  span = getattr(federation, part)
+  size = np.asarray(span.size, np.int64)
+  label = np.asarray(federation.store.labels)[np.asarray(federation.store.index)[_places(span)]]
   cell = np.repeat(np.arange(len(size)) * num_classes, size) + label
   return np.bincount(cell, minlength=len(size) * num_classes).reshape(-1, num_classes).astype(np.int32)
+
+
+def pooled(federation: Federation) -> Federation:
+  """The federation in which every client trains and validates on all clients' examples; tests stay each client's own.
+
+  The two pools, client by client, follow the index, so that spans into it keep their meaning; with padding to twice its
+  size, whatever the sizes of the clients' parts.
+
+  Raises:
+    InputError: more than 2**31 - 1 index entries.
+  """
+  store, index = federation.store, np.asarray(federation.store.index)
+  if 2 * len(index) > np.iinfo(np.int32).max:
+    raise InputError(f"pool: {2 * len(index)} index entries, at most {np.iinfo(np.int32).max} can be numbered")
+  train, validation = (index[_places(span)] for span in (federation.train, federation.validation))
+  whole = lambda start, pool: Span(*(_array(np.full(len(federation.id), x), np.int32) for x in (start, len(pool))))
+  return federation._replace(
+    store=store._replace(index=_array(_padded([index, train, validation], 2 * len(index)), np.int32)),
+    train=whole(len(index), train),
+    validation=whole(len(index) + len(train), validation),
+  )
+
+
+def _padded(parts: list[np.ndarray], size: int) -> np.ndarray:
+  """One after the other, then zeros up to a size."""
+  return np.concatenate([*parts, np.zeros(max(0, size - sum(map(len, parts))), parts[0].dtype)])
+
+
+def _places(span: Span) -> np.ndarray:
+  """int64: the places in the index that spans [N] cover, client by client."""
+  start, size = (np.asarray(field, np.int64) for field in span)
+  return np.repeat(start - (np.cumsum(size) - size), size) + np.arange(size.sum())
 
 
 def _joined(first: np.ndarray, second: np.ndarray) -> Any:
@@ -180,11 +214,11 @@ def _evenly(
 
 def _pooled(labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
   """int64 [size]: test examples, equally many of each class as far as the data go; all of them for size 0."""
-  shuffled = rng.permutation(len(labels))
+  shuffled = rng.permutation(np.flatnonzero(labels >= 0))
   if not size:
     return shuffled
   order = shuffled[np.argsort(labels[shuffled], kind="stable")]
-  number = np.bincount(labels)
-  turn = np.arange(len(labels)) - (np.cumsum(number) - number)[labels[order]]
+  number = np.bincount(labels[shuffled])
+  turn = np.arange(len(order)) - (np.cumsum(number) - number)[labels[order]]
   tie = rng.permutation(len(number))[labels[order]]
   return order[np.lexsort((tie, turn))[:size]]

@@ -11,6 +11,7 @@ from apfl_jax.population.processes import (
   make,
   start,
   step,
+  waiting,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
   "make",
   "start",
   "step",
+  "waiting",
 ]

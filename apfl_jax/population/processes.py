@@ -22,6 +22,7 @@ def _available(ids: Array) -> Availability:
     work=jnp.ones(shape, jnp.float32),
     speed=jnp.ones(shape, jnp.float32),
     gone=jnp.zeros(shape, bool),
+    wait=jnp.zeros(shape, jnp.int32),
   )
 
 
@@ -73,8 +74,24 @@ def bernoulli(rate: Array | float) -> Process:
   return Process(init=lambda key: (), step=_keep, look=look)
 
 
+def waiting(steps: Array | int) -> Process:
+  """Every client is idle for so many local steps after each upload, until the server answers.
+
+  Source: method 3.3, the server's latency L_r [O].
+
+  Args:
+    steps: int32 [], may be traced.
+  """
+
+  def look(state, round, ids, key):
+    del state, round, key
+    return _available(ids)._replace(wait=jnp.full(jnp.shape(ids), steps, jnp.int32))
+
+  return Process(init=lambda key: (), step=_keep, look=look)
+
+
 def chain(*processes: Process) -> Process:
-  """All of them at once: booleans are and-ed (`gone` or-ed), delays add, work and speed multiply."""
+  """All of them at once: booleans are and-ed (`gone` or-ed), delays and waits add, work and speed multiply."""
 
   def keys(key):
     return [jax.random.fold_in(key, i) for i in range(len(processes))]
@@ -96,6 +113,7 @@ def chain(*processes: Process) -> Process:
         work=result.work * a.work,
         speed=result.speed * a.speed,
         gone=result.gone | a.gone,
+        wait=result.wait + a.wait,
       )
     return result
 
@@ -109,9 +127,16 @@ PROCESSES: dict[str, Callable[[int, Array | float], Process]] = {
 }
 
 
-def make(names: Sequence[str], num_clients: int, rates: Array) -> Process:
-  """The chain of the named processes, each with its own rate; `rates` float32 [len(names)] may be traced."""
-  return chain(*(PROCESSES[name](num_clients, rates[i]) for i, name in enumerate(names)))
+def make(names: Sequence[str], num_clients: int, rates: Array, *others: Process) -> Process:
+  """The chain of the named processes, each with its own rate, and of others, which change no draw of theirs.
+
+  Args:
+    names: of `PROCESSES`.
+    num_clients: N.
+    rates: float32 [len(names)], may be traced.
+    *others: any processes.
+  """
+  return chain(*(PROCESSES[name](num_clients, rates[i]) for i, name in enumerate(names)), *others)
 
 
 def start(process: Process, seed: Array | int) -> PyTree:

@@ -165,6 +165,7 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
     "served worst. Own test examples have the classes of the client's own data; the pooled test set has all "
     "classes.</p>",
     _unseen(run),
+    _verification(run),
     *(_figure(*_CAPTIONS[name], image) for name, image in images.items()),
     "<h2>Cost</h2>",
     _facts(_costs(run)),
@@ -251,6 +252,20 @@ def _unseen(run: runs.Run) -> str:
     f"{value.get('seen_accuracy', '–')}&nbsp;%; harmonic mean of the two: {value.get('harmonic_mean', '–')}&nbsp;%). "
     "When it only has to choose among the unseen classes it is right in "
     f"{value.get('restricted_accuracy', '–')}&nbsp;%, where guessing gives {100 / len(classes):.1f}&nbsp;%.</p>"
+  )
+
+
+def _verification(run: runs.Run) -> str:
+  told = tables.verification(run.summary)
+  if not told:
+    return ""
+  listed = html.escape(", ".join(run.summary["verification"]["classes"]))
+  return (
+    f"<h2>Telling classes apart that nobody trained on</h2><p>Images of {listed} were taken out of everybody's data. "
+    "Whether two of them show the same class is judged by the cosine of their features. In percent, means over "
+    f"clients: <strong>{html.escape(told)}</strong>. EER is the error rate at the threshold that accepts as many wrong "
+    "pairs as it refuses right ones, guessing gives 50; TAR is the share of right pairs that are accepted at a "
+    "threshold that accepts few wrong ones.</p>"
   )
 
 

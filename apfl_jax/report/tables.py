@@ -79,8 +79,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def title(summary: dict[str, Any]) -> str:
-  """The method on the data set, e.g. 'ap_fl on digits'."""
-  return f"{summary['algorithm']} on {summary['dataset']}"
+  """The method on the data set, e.g. 'ap_fl on digits' or 'fedavg with krum on digits'."""
+  around = f" with {', '.join(wrappers)}" if (wrappers := summary.get("wrappers")) else ""
+  return f"{summary['algorithm']}{around} on {summary['dataset']}"
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -105,6 +106,7 @@ def table(summary: dict[str, Any]) -> str:
     width = sum(widths[start : start + size]) + 2 * (size - 1)
     header.append(f" {group} ".center(width, "-"))
     start += size
+  verified = verification(summary)
   setting = f"{title(summary)}, {counted(summary['num_clients'], 'client')}, {counted(summary['rounds'], 'round')}"
   return "\n".join(
     [
@@ -113,5 +115,17 @@ def table(summary: dict[str, Any]) -> str:
       line("", list(COLUMNS)),
       *(line(name, [percent(value) for value in row.values]) for name, row in zip(names, found, strict=True)),
       *([PRIOR] if summary.get("readout") == "prior" else []),
+      *([f"Held-out classes, {verified}"] if verified else []),
     ]
   )
+
+
+def verification(summary: dict[str, Any]) -> str:
+  """Equal error rates and TAR in percent, in words; empty where nothing was verified."""
+  section = summary.get("verification")
+  if not section:
+    return ""
+  models = {"personal models": "personal_mean", "global model": "global_model"}
+  both = lambda key: " / ".join(percent(section[name][key]) for name in ("eer", "tar"))
+  told = [f"{name} {both(key)}" for name, key in models.items() if section["eer"][key] is not None]
+  return f"EER / TAR at FAR {100 * section['far']:g} %: {', '.join(told)}"

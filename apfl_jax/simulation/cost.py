@@ -54,13 +54,16 @@ class Cost(NamedTuple):
   bytes_down: float
 
 
-def prices(build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, server: PyTree) -> Prices:
+def prices(
+  build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, server: PyTree, wait: int = 0
+) -> Prices:
   """Prices a method by tracing its functions; nothing is compiled or run.
 
   Args:
     build: as of the simulator.
     inputs: the run's.
     server: the method's; what is known of it (a count of rounds) decides which branches are priced.
+    wait: idle local steps of a visit, which some methods use.
   """
   federation = inputs.federation
   shapes = lambda tree: jax.eval_shape(lambda x: x, tree)
@@ -76,7 +79,7 @@ def prices(build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs,
     number: Any = np.int32
     zero, whole = number(0), np.float32(1)
     spans = Span(zero, number(size)), Span(zero, number(validation))
-    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=cast(Any, whole), wait=zero)
+    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=cast(Any, whole), wait=number(wait))
     return settings, download, client, store, *spans, visit, key
 
   def local_update(settings, download, client, store, train, validation, visit, key):

@@ -20,6 +20,7 @@ from apfl_jax.types import (
   Data,
   Download,
   Federation,
+  HeldOut,
   Prediction,
   Process,
   PyTree,
@@ -40,12 +41,14 @@ class Inputs(NamedTuple):
     federation: who holds what.
     pooled: Span [], the pooled test examples.
     settings: pytree of float32, whatever `build` reads (learning rate, class embeddings, drop rates, ...).
+    held_out: what models are verified on, or () for nothing.
   """
 
   seed: Array
   federation: Federation
   pooled: Span
   settings: PyTree
+  held_out: HeldOut | tuple[()] = ()
 
 
 class RoundMetrics(NamedTuple):
@@ -71,10 +74,12 @@ class Scores(NamedTuple):
     own: int32 [R, C, C], confusion matrices on each client's own test examples; where the read-out is `prior`, with the
       client's log label prior added to the logits.
     pooled: int32 [R, C, C], on the pooled test examples.
+    verification: float32 [R, 2], see `metrics.verification.rates`; () where nothing is held out.
   """
 
   own: Array
   pooled: Array
+  verification: Array | tuple[()] = ()
 
 
 class Simulator(NamedTuple):
@@ -250,7 +255,7 @@ def simulator(
       times=state.times[row],
       staleness=delay,
       work=there.work,
-      wait=jnp.zeros_like(ids),
+      wait=there.wait,
     )
     mine = jax.tree.map(lambda x: x[row], state.clients)
     own = jax.tree.map(lambda x: x[ids], download.own)
@@ -332,7 +337,9 @@ def simulator(
       nothing = Span(jnp.int32(0), jnp.int32(0))
       return (), score(build(inputs.settings)[0].predict, inputs.federation, nothing, model, row)
 
-    return over_clients(one)((inputs, model), rows, ok)[1]
+    verified = _verified(partial(algorithm.predict, model), inputs)
+    everyone = jax.tree.map(lambda x: jnp.broadcast_to(x, (*rows.shape, *x.shape)), verified)
+    return over_clients(one)((inputs, model), rows, ok)[1]._replace(verification=everyone)
 
   @compiled
   def score_pooled(state: State, inputs: Inputs, classes: Array) -> Array:
@@ -369,7 +376,8 @@ def simulator(
       # The same key at every round: choosing when to return is not choosing luck.
       key = random.key(inputs.seed, Purpose.PERSONALIZE, id)
       model = algorithm.personalize(download, client, data_of(inputs.federation, row, classes), visit, key)
-      return (), score(algorithm.predict, inputs.federation, inputs.pooled, model, row)
+      scores = score(algorithm.predict, inputs.federation, inputs.pooled, model, row)
+      return (), scores._replace(verification=_verified(partial(algorithm.predict, model), inputs))
 
     ids = federation.id[rows]
     mine = jax.tree.map(lambda x: x[rows], state.clients)
@@ -405,6 +413,10 @@ def simulator(
     softmax_mask=softmax_mask,
     has_global_model=jax.eval_shape(has_global_model, inputs) is not None,
   )
+
+
+def _verified(answer: Callable[[Array], Any], inputs: Inputs) -> Array | tuple[()]:
+  return training.verify(answer, inputs.held_out) if isinstance(inputs.held_out, HeldOut) else ()
 
 
 def _at(span: Span, row: Array) -> Span:

@@ -2,7 +2,7 @@
 
 from apfl_jax.training.augment import max_shift, shift
 from apfl_jax.training.batches import Batch, draw, gather, label_histogram
-from apfl_jax.training.evaluation import Evaluation, evaluate
+from apfl_jax.training.evaluation import Evaluation, evaluate, verify
 from apfl_jax.training.losses import (
   READOUTS,
   SOFTMAX_MASKS,
@@ -40,5 +40,6 @@ __all__ = [
   "num_steps",
   "predict",
   "shift",
+  "verify",
   "weight",
 ]

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from apfl_jax.metrics import confusion
-from apfl_jax.training.batches import gather
+from apfl_jax.metrics import confusion, verification
+from apfl_jax.training.batches import gather, images_of
 from apfl_jax.training.losses import cross_entropy
-from apfl_jax.types import Array, Prediction, Span, Store
+from apfl_jax.types import Array, HeldOut, Prediction, Span, Store
 
 _BATCH = 64
 
@@ -49,3 +49,12 @@ def evaluate(
 
   empty = Evaluation(jnp.zeros((num_classes, num_classes), jnp.int32), jnp.zeros(()))
   return jax.lax.fori_loop(0, (span.size + _BATCH - 1) // _BATCH, body, empty)
+
+
+def verify(predict: Callable[[Array], Prediction], held_out: HeldOut) -> Array:
+  """float32 [2]: see `metrics.verification.rates`, of the features of `predict(images [B, ...])`."""
+  size = held_out.images.shape[0]
+  batch = max(b for b in range(1, _BATCH + 1) if size % b == 0)
+  images = held_out.images.reshape(-1, batch, *held_out.images.shape[1:])
+  features = jax.lax.map(lambda x: predict(images_of(x)).features, images).reshape(size, -1)
+  return verification.rates(*verification.pairs(features, held_out.identity))

@@ -1,4 +1,4 @@
-"""What every method must do; one that is listed in the registry is under these tests."""
+"""What every method must do; one that is listed in the registry is under these tests, a wrapper around FedAvg."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from apfl_jax import metrics, simulation
-from apfl_jax.algorithms import METHODS
+from apfl_jax.algorithms import METHODS, WRAPPERS
 from apfl_jax.types import Data, Download, Received, Span, Visit
 from tests import tasks
 
-pytestmark = pytest.mark.parametrize("name", METHODS)
+pytestmark = pytest.mark.parametrize("name", [*METHODS, *(f"fedavg|{wrapper}" for wrapper in WRAPPERS)])
 
 
 def _without_class(inputs, label):

@@ -24,6 +24,7 @@ def available(ids: Array | np.ndarray, **fields: Any) -> Availability:
     work=jnp.ones(shape),
     speed=jnp.ones(shape),
     gone=jnp.zeros(shape, bool),
+    wait=jnp.zeros(shape, jnp.int32),
   )
   return nothing._replace(**fields)
 
@@ -144,6 +145,8 @@ def test_chain_composes():
     constant(present=odd, arrives=low, delay=jnp.arange(8), work=jnp.full(8, 0.5), speed=jnp.full(8, 3.0), gone=~odd),
     constant(present=low, arrives=odd, delay=jnp.full(8, 2), work=jnp.full(8, 0.25), speed=jnp.full(8, 2.0), gone=~low),
     leaving(),
+    population.waiting(3),
+    constant(wait=jnp.arange(8)),
   )
   state = population.start(process, 0)
   for round in range(4):
@@ -153,6 +156,7 @@ def test_chain_composes():
   np.testing.assert_array_equal(got.present, (i % 2 == 1) & (i < 4) & (i >= 1))
   np.testing.assert_array_equal(got.arrives, (i < 4) & (i % 2 == 1))
   np.testing.assert_array_equal(got.delay, i + 2)
+  np.testing.assert_array_equal(got.wait, i + 3)
   np.testing.assert_array_equal(got.work, np.full(8, 0.125))
   np.testing.assert_array_equal(got.speed, np.full(8, 6.0))
   np.testing.assert_array_equal(got.gone, (i % 2 == 0) | (i >= 4) | (i < 1))
@@ -163,6 +167,15 @@ def test_chained_processes_draw_apart():
   look = jax.jit(lambda: population.look(process, population.start(process, 0), 0, jnp.arange(N), 0))
   # Two independent halves leave a quarter on average (hypergeometric, standard deviation 3.5); equal ones a half.
   assert abs(int(jnp.sum(look().present)) - N // 4) < 18
+
+
+def test_other_processes_change_no_draw():
+  names, rates = ["cold", "bernoulli"], jnp.full(2, 0.5)
+  seen = []
+  for process in (population.make(names, N, rates), population.make(names, N, rates, population.waiting(7))):
+    seen.append(population.look(process, population.start(process, 1), 2, jnp.arange(N), 1))
+  np.testing.assert_array_equal(seen[1].wait, 7)
+  jax.tree.map(np.testing.assert_array_equal, seen[1]._replace(wait=seen[0].wait), seen[0])
 
 
 def test_departed_is_what_a_loop_over_rounds_sees():

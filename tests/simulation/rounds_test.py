@@ -64,6 +64,7 @@ def _recorder(settings: PyTree) -> Algorithm:
       "round": visit.round,
       "times": visit.times,
       "staleness": visit.staleness,
+      "wait": visit.wait,
       "visits": client.visits,
       "first": client.first,
     }
@@ -83,7 +84,7 @@ def _recorder(settings: PyTree) -> Algorithm:
   )
 
 
-_TOLD = ("saw", "own", "size", "round", "times", "staleness", "visits", "first")
+_TOLD = ("saw", "own", "size", "round", "times", "staleness", "wait", "visits", "first")
 
 
 def _as_said(settings: PyTree) -> Process:
@@ -91,8 +92,8 @@ def _as_said(settings: PyTree) -> Process:
 
   def look(state, round, ids, key):
     ones = jnp.ones(ids.shape)
-    present, arrives, delay = (settings[name][ids] for name in ("present", "arrives", "delay"))
-    return Availability(present > 0, arrives > 0, delay, work=ones, speed=ones, gone=present == 0)
+    present, arrives, delay, wait = (settings[name][ids] for name in ("present", "arrives", "delay", "wait"))
+    return Availability(present > 0, arrives > 0, delay, work=ones, speed=ones, gone=present == 0, wait=wait)
 
   return Process(init=lambda key: (), step=lambda state, round, key: state, look=look)
 
@@ -101,7 +102,8 @@ def _inputs(**settings: Any) -> simulation.Inputs:
   blank = Store(jnp.zeros((1, 2, 2, 1), jnp.uint8), jnp.zeros(1, jnp.int32), jnp.zeros(SIZES.sum(), jnp.int32))
   span = Span(jnp.zeros(N, jnp.int32), jnp.asarray(SIZES[ORDER], jnp.int32))
   federation = Federation(blank, jnp.asarray(ORDER, jnp.int32), span, span, span)
-  said = {"present": np.ones(N), "arrives": np.ones(N), "delay": np.zeros(N), "poison": np.zeros(3)} | settings
+  said: dict[str, Any] = {"present": np.ones(N), "arrives": np.ones(N), "delay": np.zeros(N), "wait": IDS}
+  said |= {"poison": np.zeros(3)} | settings
   traced = {name: jnp.asarray(value, jnp.float32 if name == "poison" else jnp.int32) for name, value in said.items()}
   return simulation.Inputs(jnp.uint32(3), federation, Span(jnp.int32(0), jnp.int32(1)), traced)
 
@@ -156,6 +158,7 @@ def test_weighted_sums_and_what_clients_are_told():
       "times": [now] * N,
       "visits": [now] * N,
       "staleness": [0] * N,
+      "wait": IDS,
       "first": [0] * N,
     }
     for name, values in expected.items():
