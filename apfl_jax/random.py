@@ -79,11 +79,14 @@ def permute(bits: Array, position: Array, size: Array | int) -> Array:
       high = (high ^ mix(right, bits[i + 1])) & high_mask
     return (high << low) | right
 
+  def walk(carry):
+    x, inside = carry
+    x = jnp.where(inside, x, network(x))
+    return x, x < size
+
   # Clamped, because a walk that starts outside may never come inside.
   start = jnp.clip(jnp.asarray(position), 0, (size - 1).astype(jnp.int32)).astype(jnp.uint32)
-  walked = jax.lax.while_loop(
-    lambda x: jnp.any(x >= size), lambda x: jnp.where(x >= size, network(x), x), network(start)
-  )
+  walked, _ = jax.lax.while_loop(lambda carry: ~jnp.all(carry[1]), walk, (start, jnp.zeros(start.shape, bool)))
   return walked.astype(jnp.int32)
 
 
