@@ -79,7 +79,8 @@ class Data(NamedTuple):
     train: Span [].
     validation: Span [].
     logit_offset: float32 [C], what losses on its real data add to logits, -inf outside the classes of their softmax; or
-      None for nothing. Batches carry it, so that a method need not know of it.
+      None for nothing. The batches of `training.batches` carry it, so that a method need not know of it; those of
+      `training.draw` and `gather` do not.
   """
 
   store: Store
@@ -144,6 +145,8 @@ class Received(NamedTuple):
     ids: int32 [K].
     arrived: bool [K].
     staleness: int32 [K].
+
+  Rows are in the order in which the cohort was drawn, a random one.
   """
 
   total: PyTree

@@ -50,7 +50,7 @@ class Config:
   min_size: int = _setting(16, "least examples of a client", least=2)
   monopolistic_classes: int = _setting(2, "classes that only clients which drop hold", least=0)
   verification_classes: int = _setting(
-    0, "classes that nobody trains on and features are verified on; 0 for none", least=0
+    0, "classes that nobody trains on and features are verified on; 0 for none, or 2 or more", least=0
   )
   dropout: str = _setting("cold", f"processes of availability, comma-separated: {', '.join(PROCESSES)}")
   drop_rate: str = _setting("0.6", "rate of each process in [0, 1], comma-separated; one stands for all")

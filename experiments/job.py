@@ -62,6 +62,11 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
   """
   simulation.resolve(config.client_map)
   entry = algorithms.METHODS[config.algorithm]
+  if entry.pools and (config.softmax_mask, config.readout) != ("none", "plain"):
+    raise InputError(
+      f"softmax_mask, readout: got {config.softmax_mask}, {config.readout} with --algorithm={config.algorithm}, whose"
+      " clients' labels are everybody's; accepted are none, plain"
+    )
   if entry.pools and (place := places(config)["data_on"]) != "device":
     raise InputError(
       f"data_on: got {place!r} with --algorithm={config.algorithm}, whose clients all read the whole pool;"
@@ -445,7 +450,8 @@ def _summary(
       confusion, result.pooled_confusion(~arrays["seen"]) if len(lost) else confusion, lost.tolist()
     )
   devices = job.simulator.mesh.size if job.simulator.mesh else 1
-  prices = simulation.prices(job.build, job.inputs, result.state.server, config.server_wait)
+  offsets = len(job.dataset.class_names) if (config.softmax_mask, config.readout) != ("none", "plain") else 0
+  prices = simulation.prices(job.build, job.inputs, result.state.server, config.server_wait, offsets)
   spent = [watch.read(), *result.record.timings[: result.restored]]
   return {
     "algorithm": config.algorithm,
@@ -490,7 +496,9 @@ def _verification(job: Job, result: simulation.Result) -> dict[str, Any] | None:
   dropped, personal = result.dropped[result.rows], np.asarray(result.personal_scores.verification)
   section: dict[str, Any] = {"classes": list(job.verified), "far": metrics.verification.FAR}
   for place, name in enumerate(("eer", "tar")):
-    mean = lambda rows, place=place: float(rows[:, place].mean()) if np.isfinite(rows).any() else None
+    # A model that diverged has no rates.
+    known = lambda rows, place=place: rows[np.isfinite(rows[:, place]), place]
+    mean = lambda rows, known=known: float(known(rows).mean()) if len(known(rows)) else None
     section[name] = {
       "global_model": mean(np.asarray(result.global_scores.verification)[:1]) if result.global_scores else None,
       "personal_mean": mean(personal),

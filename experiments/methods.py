@@ -1,4 +1,5 @@
-"""All methods on one federation with equal budgets: `python -m experiments.methods --output=DIR --seeds=0,1,2`.
+"""All methods on one federation, with the same rounds, local epochs and personal steps:
+`python -m experiments.methods --output=DIR --seeds=0,1,2`.
 
 Every setting of a run is a flag here too and holds for every run, a method's own settings for its runs. Each run has a
 folder of DIR (`experiments/runs.py`: the same command goes on, and several processes may share the work); beside them
@@ -34,7 +35,7 @@ class Measure(NamedTuple):
   """A column of the table.
 
   Attributes:
-    unit: '%' of a share in [0, 1], 's' or 'B'.
+    unit: '%' of a share in [0, 1], 's', 'B' or 'FLOP'.
     read: a run's summary -> its value, or None.
   """
 
@@ -75,6 +76,9 @@ MEASURES = {
   "pooled: personal": Measure("%", _of("pooled_accuracy", "personal_mean")),
   "pooled: global model": Measure("%", _of("pooled_accuracy", "global_model")),
   "rounds": Measure("s", _round_seconds),
+  "local": Measure("FLOP", _of("cost", "local_flops")),
+  "server": Measure("FLOP", _of("cost", "generator_flops")),
+  "personal": Measure("FLOP", _of("cost", "personalize_flops")),
   "up": Measure("B", _of("cost", "bytes_up")),
   "down": Measure("B", _of("cost", "bytes_down")),
 }
@@ -152,7 +156,7 @@ def told(values: Values, first: str, second: str) -> list[dict[str, Any]]:
   rows = []
   for name in _COMPARED:
     a, b = (values.get(method, {}).get(name, {}) for method in (first, second))
-    seeds = [seed for seed in a if seed in b]
+    seeds = [seed for seed in a if not math.isnan(a[seed] - b.get(seed, math.nan))]
     result = metrics.paired([a[s] for s in seeds], [b[s] for s in seeds])
     row = result._asdict() | {"differences": result.differences.tolist()}
     rows.append({"first": first, "second": second, "measure": name, "seeds": seeds, **row})
@@ -166,6 +170,7 @@ def _write(
   root: Path, values: Values, pairs: list[list[dict[str, Any]]], facts: dict[str, str], outcome: runs.Outcome
 ) -> None:
   of_pairs = [row for pair in pairs for row in pair]
+  prior = any(summary["readout"] == "prior" for summary in outcome.summaries.values())
   title = "Methods on " + next(iter(outcome.summaries.values()))["dataset"]
   sections = [
     html.Section("How it was made", "", facts),
@@ -173,7 +178,9 @@ def _write(
       "Test accuracy and cost",
       "Accuracies in percent, after the last round: mean ± standard deviation over seeds. Own: personal models on the "
       "client's own test examples, mean over clients; pooled: on a test set with all classes. Rounds: seconds without "
-      "compiling and scoring; up and down: what all clients sent and read in the run.",
+      "compiling and scoring; FLOP: by the ledger, of local training, of the server's own training and of making "
+      "personal models; up and down: what all clients sent and read in the run."
+      + (f" {tables.PRIOR}" if prior else ""),
       _grid(values),
     ),
   ]
@@ -251,12 +258,12 @@ def _grid(values: Values) -> tables.Grid:
 
 
 def _unit(unit: str, columns: Iterable[Iterable[float]]) -> tuple[str, float]:
-  """What the column's head says and what its values are multiplied by; bytes get the prefix that the largest needs."""
-  if unit != "B":
+  """What the column's head says and what its values are multiplied by; bytes and operations in the prefix of the largest."""
+  if unit not in ("B", "FLOP"):
     return ("", 100.0) if unit == "%" else (unit, 1.0)
   most = max((value for column in columns for value in column if not math.isnan(value)), default=0.0)
-  power = min(max(int(math.log10(max(most, 1)) / 3), 0), 4)
-  return ("B", "kB", "MB", "GB", "TB")[power], 1000.0**-power
+  power = min(max(int(math.log10(max(most, 1)) / 3), 0), 5)
+  return ("", "k", "M", "G", "T", "P")[power] + unit, 1000.0**-power
 
 
 def _cell(values: Iterable[float], scale: float, digits: int) -> str:
@@ -404,7 +411,8 @@ def main(arguments: Sequence[str]) -> int:
   if asked.dry_run:
     print(runs.listed(asked.output, configs))
     return 0
-  own = {name: str(asked[name].value) for name in ("methods", "seeds", "pairs", "output") if asked[name].present}
+  own = {name: str(asked[name].value) for name in ("methods", "seeds", "pairs") if asked[name].present}
+  own["output"] = "DIR"  # as data_dir: no path of this machine in a table that is shown around
   best = ["--best_round"] if asked.best_round else []
   words = [*(shlex.quote(f"--{name}={value}") for name, value in own.items()), *best, *_changed(configs.values())]
   command = " ".join(["python -m experiments.methods", *words])

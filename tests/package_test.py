@@ -31,6 +31,12 @@ def test_the_probe_notices_a_device():
     loaded_by("import jax; jax.devices()")
 
 
+def test_methods_and_wrappers_have_names_of_their_own():
+  from apfl_jax import algorithms
+
+  assert not set(algorithms.METHODS) & set(algorithms.WRAPPERS)  # their settings are flags under these names
+
+
 def test_import_is_light():
   assert loaded_by("import apfl_jax").isdisjoint({*HEAVY, "orbax"})
 

@@ -15,7 +15,7 @@ def average(params: Params, weight: Array) -> Params:
 
 
 def answers(task: Task, params: Params, images: Array) -> tuple[Array, tuple[Array, ...]]:
-  """Logits [K, B, C] and taps of K models on the same images [B, height, width, channels], which may be trained."""
+  """Logits [K, B, C] and taps of K models on the same images [B, height, width, channels], for the images' gradient."""
 
   def of(params: Params) -> tuple[Array, tuple[Array, ...]]:
     features, taps = task.model.frozen.base(params.base, images)

@@ -193,10 +193,11 @@ def clustered(
   for label, cluster in zip(np.resize(present, len(turn)), turn % clusters, strict=True):
     held[label, cluster::clusters] = True
   held &= allowed
-  if not held.any(0).all() or not held[present].any(1).all():
+  idle, lost = np.flatnonzero(~held.any(0)), [label for label in present if not held[label].any()]
+  if len(idle) or lost:
     raise InputError(
-      f"clusters: got {clusters}, in which a client or a class has no counterpart under the monopolistic classes;"
-      " accepted is another number, or no monopolistic classes"
+      f"clusters: got {clusters}, which leaves {f'client {idle[0]}' if len(idle) else f'class {lost[0]}'} nothing that"
+      " may be held; accepted is another number, or --monopolistic_classes=0"
     )
   return iid(labels, num_clients, rng=rng, allowed=held, min_size=min_size, examples_per_client=examples_per_client)
 

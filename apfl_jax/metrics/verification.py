@@ -30,7 +30,8 @@ def pairs(features: Array, identity: Array) -> tuple[Array, Array, Array]:
 
 
 def rates(score: Array, genuine: Array, counted: Array) -> Array:
-  """float32 [2]: the equal error rate, where FAR = FRR, and TAR at `FAR`; nan without pairs of either kind.
+  """float32 [2]: the equal error rate, where FAR = FRR, and TAR at `FAR`; nan without pairs of either kind, or where a
+  score that counts is not finite.
 
   Pairs of equal score are accepted together. The equal error rate is read off straight lines between the thresholds
   there are; TAR is that of the best threshold whose false acceptances are few enough.
@@ -40,6 +41,7 @@ def rates(score: Array, genuine: Array, counted: Array) -> Array:
     genuine: bool [Q].
     counted: bool [Q], pairs that exist.
   """
+  sound = jnp.all(jnp.isfinite(score) | ~counted)
   order = jnp.argsort(-jnp.where(counted, score, -jnp.inf))
   score, genuine, counted = score[order], genuine[order], counted[order]
   end = jnp.append((score[1:] != score[:-1]) | ~counted[1:], True)  # of a run of equal scores
@@ -56,4 +58,6 @@ def rates(score: Array, genuine: Array, counted: Array) -> Array:
   share = -gap[before] / (gap[after] - gap[before])
   equal = far[before] + share * (far[after] - far[before])
   few = wrong <= jnp.floor(FAR * wrong[-1] + 1e-3)
-  return jnp.where((right[-1] > 0) & (wrong[-1] > 0), jnp.stack([equal, jnp.max(jnp.where(few, tar, 0.0))]), jnp.nan)
+  return jnp.where(
+    sound & (right[-1] > 0) & (wrong[-1] > 0), jnp.stack([equal, jnp.max(jnp.where(few, tar, 0.0))]), jnp.nan
+  )

@@ -55,7 +55,11 @@ class Cost(NamedTuple):
 
 
 def prices(
-  build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, server: PyTree, wait: int = 0
+  build: Callable[[PyTree], tuple[Algorithm, Process]],
+  inputs: Inputs,
+  server: PyTree,
+  wait: int = 0,
+  num_offsets: int = 0,
 ) -> Prices:
   """Prices a method by tracing its functions; nothing is compiled or run.
 
@@ -64,6 +68,7 @@ def prices(
     inputs: the run's.
     server: the method's; what is known of it (a count of rounds) decides which branches are priced.
     wait: idle local steps of a visit, which some methods use.
+    num_offsets: length of `Data.logit_offset`, C; 0 for None.
   """
   federation = inputs.federation
   shapes = lambda tree: jax.eval_shape(lambda x: x, tree)
@@ -80,13 +85,14 @@ def prices(
     zero, whole = number(0), np.float32(1)
     spans = Span(zero, number(size)), Span(zero, number(validation))
     visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=cast(Any, whole), wait=number(wait))
-    return settings, download, client, store, *spans, visit, key
+    offset: Any = jax.ShapeDtypeStruct((num_offsets,), jnp.float32) if num_offsets else None
+    return settings, download, client, Data(store, *spans, offset), visit, key
 
-  def local_update(settings, download, client, store, train, validation, visit, key):
-    return algorithm(settings).local_update(download, client, Data(store, train, validation), visit, key)
+  def local_update(settings, download, client, data, visit, key):
+    return algorithm(settings).local_update(download, client, data, visit, key)
 
-  def personalize(settings, download, client, store, train, validation, visit, key):
-    return algorithm(settings).personalize(download, client, Data(store, train, validation), visit, key)
+  def personalize(settings, download, client, data, visit, key):
+    return algorithm(settings).personalize(download, client, data, visit, key)
 
   def aggregate(settings, server, received, key):
     return algorithm(settings).aggregate(server, received, key)

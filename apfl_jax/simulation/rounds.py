@@ -263,7 +263,9 @@ def simulator(
     shared = inputs, history, classes_held(federation, row, ok)
     (total, weight), (mine, kept, arrived) = over_clients(client)(shared, items, ok)
 
-    received = Received(total, weight, kept, ids, arrived, delay)
+    # In the order in which the cohort was drawn: what a server does one after another must not begin with the largest.
+    drawn = jnp.argsort(by_work)
+    received = Received(total, weight, *jax.tree.map(lambda x: x[drawn], (kept, ids, arrived, delay)))
     server = jax.lax.cond(
       jnp.any(arrived) & (weight > 0),
       algorithm.aggregate,

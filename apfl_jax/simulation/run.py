@@ -1,5 +1,6 @@
 """A run: chunks of rounds on the device, and what the host does between them."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -163,8 +164,12 @@ def run(
       return None
     last = simulator.place(np.int32(at - 1))
     there = np.asarray(simulator.present(state.population, inputs.seed, inputs.settings, last))
-    held = data.histogram(federation, simulator.num_classes)[there[np.asarray(federation.id)]] > 0
-    return simulator.place(held.any(axis=0))
+    return simulator.place(held()[there[np.asarray(federation.id)]].any(axis=0))
+
+  @functools.cache
+  def held() -> np.ndarray:
+    """bool [N, C]: who has which classes."""
+    return data.histogram(federation, simulator.num_classes) > 0
 
   def pooled_confusion(state: State, classes: np.ndarray) -> np.ndarray:
     return np.asarray(simulator.score_pooled(state, staging.pooled(state, inputs), simulator.place(classes)))

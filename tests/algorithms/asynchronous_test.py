@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from apfl_jax import random, simulation
 from apfl_jax.algorithms import fedasync, fedavg, fedbuff, fedprox, staleness
-from tests import linear
+from tests import linear, tasks
 
 # Clients, whose upload is lost, how stale each is.
 ARRIVALS = (((0, 1, 2), (), (0, 3, 1)), ((3,), (), (5,)), ((1,), (), (2,)), ((3, 0, 1), (0,), (6, 0, 4)))
@@ -99,3 +100,30 @@ def test_discounts_begin_at_one_and_fall():
   for s in (staleness.polynomial(tau, 0.5), staleness.hinge(tau, 10.0, 4.0)):
     assert s[0] == 1 and np.all(np.diff(s) <= 0) and s[-1] < 0.5
   np.testing.assert_array_equal(staleness.hinge(tau, 10.0, 4.0)[:5], 1)
+
+
+def test_arrivals_come_in_the_order_in_which_they_were_drawn():
+  """Through the engine, which computes clients by their work: that order must not be the server's."""
+  order = []
+
+  def build(settings):
+    algorithm, process = tasks.build("fedbuff", tasks.NUM_CLIENTS, settings)
+    recorded = lambda server, received, key: server._replace(held=jnp.where(received.arrived, received.ids, -1))
+    init = lambda key: algorithm.init(key)._replace(held=jnp.full(tasks.NUM_CLIENTS, -1))
+    return algorithm._replace(init=init, aggregate=recorded), process
+
+  inputs = tasks.with_sizes(tasks.inputs("fedbuff"), train=[1, 9, 2, 8, 3, 7])
+  made = simulation.simulator(
+    build, inputs, tasks.NUM_CLASSES, population_size=tasks.NUM_CLIENTS, cohort_size=tasks.NUM_CLIENTS, chunk=1
+  )
+  state = made.init(inputs)
+  for number in range(4):
+    drawn = random.permute(
+      random.permutation_key(random.key(inputs.seed, random.Purpose.COHORT, number)),
+      jnp.arange(tasks.NUM_CLIENTS),
+      tasks.NUM_CLIENTS,
+    )
+    state, _ = made.advance(state, inputs, jnp.int32(1))
+    np.testing.assert_array_equal(state.server.held, drawn)
+    order.append(tuple(np.asarray(drawn)))
+  assert len(set(order)) > 1

@@ -34,6 +34,14 @@ def test_it_chooses_the_updates_with_near_neighbours(count, byzantine, selected)
     assert set(np.flatnonzero(got)) == _oracle(flat, np.flatnonzero(candidate), byzantine, selected), seed
 
 
+def test_an_update_beyond_all_distances_is_not_chosen():
+  update = {"a": jnp.array([[1.0], [1e20], [1.1], [0.0], [1.15]])}
+  candidate = jnp.array([True, True, True, False, True])
+  for selected, chosen in ((2, [2, 4]), (3, [0, 2, 4]), (4, [0, 1, 2, 4])):
+    got = jax.jit(lambda update, s=selected: chosen_by_krum(update, candidate, 1, s))(update)
+    assert np.flatnonzero(got).tolist() == chosen
+
+
 def _garbage(algorithm, who):
   """Some clients send a large random update."""
 

@@ -40,6 +40,13 @@ def test_the_ends():
   assert np.isnan(rates(np.arange(10), counted=genuine)).all()
 
 
+def test_features_that_are_not_numbers_have_no_rates():
+  genuine, counted = jnp.arange(10) < 5, jnp.arange(10) > 0
+  score = jnp.arange(10.0)
+  assert np.isnan(verification.rates(score.at[3].set(jnp.nan), genuine, counted)).all()
+  assert np.isfinite(verification.rates(score.at[0].set(jnp.nan), genuine, counted)).all()  # not counted
+
+
 def test_pairs_are_those_of_examples_that_exist():
   rng = np.random.default_rng(1)
   features, identity = np.float32(rng.normal(size=(7, 5))), np.array([0, 0, -1, 1, 1, 1, -1])

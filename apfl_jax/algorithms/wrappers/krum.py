@@ -83,6 +83,6 @@ def chosen_by_krum(update: PyTree, candidate: Array, byzantine: int, selected: i
   there = jnp.sum(candidate)
   neighbours = jnp.minimum(jnp.maximum(there - byzantine - 2, 1), there - 1)
   score = jnp.sum(jnp.where(jnp.arange(count) < neighbours, nearest, 0.0), axis=1)
-  order = jnp.argsort(jnp.where(candidate, score, jnp.inf))
+  order = jnp.lexsort((score, ~candidate))  # an update far out may have an infinite score as well
   rank = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32))
   return candidate & (rank < selected)
