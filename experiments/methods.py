@@ -258,7 +258,7 @@ def _grid(values: Values) -> tables.Grid:
 
 
 def _unit(unit: str, columns: Iterable[Iterable[float]]) -> tuple[str, float]:
-  """What the column's head says and what values are multiplied by; bytes and operations in the prefix of the largest."""
+  """What the column's head says and what multiplies values; bytes and operations in the prefix of the largest."""
   if unit not in ("B", "FLOP"):
     return ("", 100.0) if unit == "%" else (unit, 1.0)
   most = max((value for column in columns for value in column if not math.isnan(value)), default=0.0)
