@@ -135,13 +135,13 @@ def test_a_finished_run_is_left_as_it_is(finished):
   assert result.stdout == output
 
 
-def test_two_devices_give_the_same_and_compile_once(finished, tmp_path):
-  workdir, _ = finished
-  result = train(f"--workdir={tmp_path}/two", *TINY, "--devices=2")
-  assert result.returncode == 0, result.stderr
+def test_two_devices_give_the_same_and_compile_once(tmp_path):
+  for name, devices in (("one", 1), ("two", 2)):
+    result = train(f"--workdir={tmp_path}/{name}", *TINY, "--algorithm=fedavg_ft", f"--devices={devices}")
+    assert result.returncode == 0, result.stderr
   timings = [json.loads(line) for line in (tmp_path / "two" / "timings.jsonl").read_text().splitlines()]
   assert [row["compilations"] for row in timings[1:-1]] == [0, 0, 0, 0]
-  one, two = (json.loads((path / "summary.json").read_text()) for path in (workdir, tmp_path / "two"))
+  one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
   assert two["device"].startswith("2 x")
   for name in ("personal_accuracy", "global_accuracy"):
     assert two[name] == pytest.approx(one[name], abs=1e-3, nan_ok=True)

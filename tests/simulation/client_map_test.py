@@ -51,7 +51,7 @@ def mapped():
   return {how: jax.jit(client_map(one_client, how)) for how in HOWS}
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 20])
+@pytest.mark.parametrize("count", [1, 7, 9, 20])
 @pytest.mark.parametrize("how", HOWS)
 def test_equals_a_loop_over_the_clients(mapped, how, count):
   for seed in range(3):
