@@ -7,8 +7,10 @@
 The mean is uniform as in the paper, so `--weighting` has no effect; a client without examples counts nothing. Traps
 avoided (method 4 [C]): beta is 1, for PFLlib's default of 0 freezes the global model; there is no hidden weight decay
 of .001 inside the K steps; theta starts at w_i for each batch, whereas PFLlib goes on from the last batch's, so that
-nothing but w_i is carried [O]. The personal model is theta_i(w) after `personal_steps` inner steps from the download;
-PFLlib scores what local training happened to leave on the client [C], which a client that never took part has not.
+nothing but w_i is carried [O]. The personal model is made as a visit makes it, with `personal_steps` gradients in all:
+w_i goes on from the download, K gradients a step, and theta_i(w_i) is the answer; PFLlib and the authors score theta_i
+at the w_i that the last visit happened to leave [C], which a client that never took part has not. With K steps or fewer
+it is theta_i(w).
 """
 
 from collections.abc import Callable
@@ -44,26 +46,35 @@ def pfedme(
   loss = training.classification_loss(task)
   uniform = task.sgd._replace(weighting="uniform")
 
-  def local_update(download, client, data, visit, key):
-    next_batch = training.batches(task, data, data.train, key)
+  def nearby(params, batch, steps):
+    """theta_i(params)."""
+    own = lambda theta, _: loss(theta, batch)
+    return proximal_point(own, params, steps, inner_learning_rate, envelope_weight)
+
+  def trained(shared, next_batch, steps):
+    """w_i."""
 
     def direction(params, step):
-      batch = next_batch(step)
-      own = lambda theta, _: loss(theta, batch)
-      theta = proximal_point(own, params, jnp.int32(inner_steps), inner_learning_rate, envelope_weight)
+      theta = nearby(params, next_batch(step), jnp.int32(inner_steps))
       return jax.tree.map(lambda w, t: envelope_weight * (w - t), params, theta)
 
-    steps = training.num_steps(task.sgd, data.train.size, visit.work)
-    params = training.follow(direction, download.shared, steps, task.sgd.learning_rate)
+    return training.follow(direction, shared, steps, task.sgd.learning_rate)
+
+  def local_update(download, client, data, visit, key):
+    next_batch = training.batches(task, data, data.train, key)
+    params = trained(download.shared, next_batch, training.num_steps(task.sgd, data.train.size, visit.work))
     delta = jax.tree.map(lambda new, old: new - old, params, download.shared)
     return client, Upload(update=delta, weight=training.weight(uniform, data.train.size))
 
   def personalize(download, client, data, visit, key):
     del client, visit
     next_batch = training.batches(task, data, data.train, key)
-    own = lambda theta, step: loss(theta, next_batch(step))
-    steps = jnp.where(data.train.size > 0, task.sgd.personal_steps, 0)
-    return proximal_point(own, download.shared, steps, inner_learning_rate, envelope_weight)
+    moves = max(task.sgd.personal_steps // inner_steps - 1, 0)
+    left = task.sgd.personal_steps - moves * inner_steps
+    only = lambda steps: jnp.where(data.train.size > 0, steps, 0)
+    own = lambda theta, step: loss(theta, next_batch(moves + step))
+    params = trained(download.shared, next_batch, only(moves))
+    return proximal_point(own, params, only(left), inner_learning_rate, envelope_weight)
 
   return fedavg(task)._replace(
     local_update=local_update,

@@ -46,3 +46,11 @@ def test_rounds_are_those_of_the_paper(beta):
   download = algorithm.download(rounds.server)
   model = algorithm.personalize(download, (), linear.data(3), linear.visit(3), jax.random.key(6))
   linear.close(model, inner(3, server, 3, rate, weight))
+
+  # Of 7 gradients, two moves of w_i would leave one: a move, and theta by the other four.
+  settings = {"inner_steps": steps, "inner_learning_rate": rate, "envelope_weight": weight}
+  longer = pfedme(linear.task(personal_steps=7), **settings)
+  model = longer.personalize(download, (), linear.data(3), linear.visit(3), jax.random.key(6))
+  theta = inner(3, server, steps, rate, weight)
+  moved = linear.plus(server, *((s * linear.LEARNING_RATE * weight, t) for s, t in ((-1, server), (1, theta))))
+  linear.close(model, inner(3, moved, 4, rate, weight))
