@@ -108,7 +108,7 @@ def test_reduction_keeps_the_directions_of_most_variance():
   np.testing.assert_allclose(reduced @ reduced.T, centred @ centred.T, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["attributes", "minilm"])
+@pytest.mark.parametrize("kind", ["attributes", "minilm", "attributes+minilm"])
 def test_influence_leads_from_onehot_to_the_kind_alone(kind):
   names, table = _SETS["cifar10"], lambda *options, **more: _table(*options, "cifar10", **more)
   alone, onehot = table(kind, names), table("onehot", names)
