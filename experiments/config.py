@@ -78,7 +78,15 @@ class Config:
   )
   model: str = _setting("cnn_small", "classifier", choices=nn.MODELS)
   head: str = _setting("auto", "classifier's head; auto is what the method's paper has", choices=("auto", *nn.HEADS))
-  embeddings: str = _setting("attributes", "of class names", choices=semantics.KINDS)
+  embeddings: str = _setting(
+    "attributes", f"of classes: {', '.join(semantics.KINDS)}, the path of a table (.npz), or several joined by +"
+  )
+  embedding_influence: float = _setting(
+    1.0, "weight of the embeddings beside onehot: 1 is without onehot, 0 is onehot alone", least=0, most=1
+  )
+  embedding_whitening: bool = _setting(
+    False, "whiten the embeddings, by their covariance shrunk half-way to the identity"
+  )
   compute_dtype: str = _setting("float32", "what layers compute in", choices=("float32", "bfloat16"))
   seed: int = _setting(0, "of everything random", least=0, most=2**32 - 1)
   workdir: str = _setting("", "run directory; empty for runs/ALGORITHM-DATASET-SEED")
@@ -104,6 +112,7 @@ class Config:
       object.__setattr__(self, field.name, value)
     if self.data_dir:
       object.__setattr__(self, "data_dir", os.path.abspath(os.path.expanduser(self.data_dir)))
+    object.__setattr__(self, "embeddings", "+".join(semantics.parts(self.embeddings)))
     object.__setattr__(self, "settings", _whole(self.algorithm, self.settings))
     for name in self.wrapper_settings:
       if name not in self.wrapper_names:

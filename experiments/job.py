@@ -98,7 +98,12 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     index_size=_index_size(config, dataset),
   )
   table = semantics.embeddings(
-    config.embeddings, dataset.class_names, dataset.name, rng=host(random.Purpose.EMBEDDINGS)
+    config.embeddings,
+    dataset.class_names,
+    dataset.name,
+    rng=host(random.Purpose.EMBEDDINGS),
+    influence=config.embedding_influence,
+    whitening=config.embedding_whitening,
   )
 
   mesh = simulation.default_mesh()

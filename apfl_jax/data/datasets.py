@@ -9,7 +9,7 @@ class Dataset(NamedTuple):
   """Images, labels and the set's own test split, on the host.
 
   Attributes:
-    name: the set's own name, without a version; attribute tables are found by it.
+    name: the set's own name, without a version; class embeddings are found by it.
     images: uint8 [M, height, width, channels]; may be memory-mapped, read-only.
     labels: int32 [M].
     test_images: uint8 [P, height, width, channels].

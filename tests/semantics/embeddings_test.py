@@ -18,8 +18,8 @@ _SETS = {
 }
 
 
-def _table(kind, names, dataset="digits", seed=0):
-  return semantics.embeddings(kind, names, dataset, rng=np.random.default_rng(seed))
+def _table(kind, names, dataset="digits", seed=0, **options):
+  return semantics.embeddings(kind, names, dataset, rng=np.random.default_rng(seed), **options)
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
@@ -108,13 +108,60 @@ def test_reduction_keeps_the_directions_of_most_variance():
   np.testing.assert_allclose(reduced @ reduced.T, centred @ centred.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["attributes", "minilm", "attributes+minilm"])
+def test_influence_leads_from_onehot_to_the_kind_alone(kind):
+  names, table = _SETS["cifar10"], lambda *options, **more: _table(*options, "cifar10", **more)
+  alone, onehot = table(kind, names), table("onehot", names)
+  np.testing.assert_array_equal(table(kind, names, influence=1.0), alone)
+  np.testing.assert_array_equal(table(kind, names, influence=0.0), onehot)
+  for k in (0.2, 0.5, 0.9):
+    mixed = table(kind, names, influence=k)
+    expected = (k**2 * alone @ alone.T + (1 - k) ** 2 * onehot @ onehot.T) / (k**2 + (1 - k) ** 2)
+    np.testing.assert_allclose(mixed @ mixed.T, expected, atol=1e-6)
+    assert mixed.dtype == np.float32
+
+
+def test_cosines_of_an_ensemble_are_the_mean_of_its_parts():
+  parts = [_table(kind, _FASHION, "fashion_mnist") for kind in ("attributes", "minilm", "hierarchy")]
+  ensemble = _table("attributes + minilm+hierarchy", _FASHION, "fashion_mnist")
+  np.testing.assert_allclose(ensemble @ ensemble.T, np.mean([part @ part.T for part in parts], axis=0), atol=1e-6)
+
+
+def test_whitening_takes_half_of_what_directions_differ_by():
+  table = np.random.default_rng(0).standard_normal((9, 5)) * [8, 4, 2, 1, 0.1] + 3
+  whitened = semantics.normalise(table, whitening=True)
+  # The oracle: the inverse square root of the shrunk covariance, applied to the columns.
+  centred = table - table.mean(0)
+  covariance = centred.T @ centred
+  value, vector = np.linalg.eigh((covariance + np.trace(covariance) / 5 * np.eye(5)) / 2)
+  expected = centred @ vector / np.sqrt(value) @ vector.T
+  expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+  np.testing.assert_allclose(whitened, expected, atol=1e-6)
+
+
+def test_whitening_leaves_onehot_and_any_scale_as_they_are():
+  whitened = _table("onehot", _DIGITS, whitening=True)
+  np.testing.assert_allclose(whitened, _table("onehot", _DIGITS), atol=1e-6)
+  table = np.random.default_rng(0).standard_normal((30, 100))
+  small, large = (semantics.normalise(scale * table, whitening=True) for scale in (1e-3, 1e3))
+  np.testing.assert_allclose(small, large, atol=1e-6)
+
+
 @pytest.mark.parametrize(
   "call, said",
   [
     (lambda: _table("attributes", ("a", "b"), "cifar100"), "there is one for digits, mnist"),
     (lambda: _table("attributes", ("a", "b"), "cifar100"), "take onehot"),
     (lambda: _table("attributes", ("zero", "ten")), "no class 'ten'"),
-    (lambda: _table("words", _DIGITS), "accepted are onehot, random, attributes"),
+    (lambda: _table("words", _DIGITS), "accepted are onehot, random, attributes, hierarchy, minilm, bert, clip"),
+    (lambda: _table("attributes+words", _DIGITS), "'words'"),
+    (lambda: _table("attributes+", _DIGITS), "got ''"),
+    (lambda: _table("minilm+minilm", _DIGITS), "at most once"),
+    (lambda: _table("hierarchy", ("a", "b"), "emnist"), "there is one for digits, mnist"),
+    (lambda: _table("hierarchy", ("zero", "ten")), "no class 'ten'"),
+    (lambda: _table("minilm", ("zero", "ten")), "no class 'ten'"),
+    (lambda: _table("clip", _DIGITS, "svhn"), "embed_classes --dataset=svhn --kind=clip"),
+    (lambda: _table("nowhere.npz", _DIGITS), "nowhere.npz does not exist"),
     (lambda: _table("onehot", ("alone",)), "at least 2"),
     (lambda: semantics.normalise(np.array([[1.0, np.nan], [0, 0]])), "finite"),
     (lambda: semantics.normalise(np.array([[0.0], [1], [2]])), "class 1 is the mean"),
