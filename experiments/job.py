@@ -134,8 +134,9 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     algorithm = entry.make(task(settings), **static, **settings["method"])
     for name, (_, fixed) in around.items():
       algorithm = algorithms.WRAPPERS[name].make(algorithm, task(settings), **fixed, **settings["wrappers"][name])
-    waiting = population.waiting(settings["server_wait"])
-    return algorithm, population.make(names, config.num_clients, settings["drop_rates"], waiting)
+    others = population.waiting(settings["server_wait"]), population.speeds(config.speed, settings["speed_spread"])
+    rates, facts = settings["drop_rates"], settings["population"]
+    return algorithm, population.make(names, config.num_clients, rates, *others, facts=facts)
 
   inputs = simulation.Inputs(
     seed=jnp.uint32(config.seed),
@@ -144,6 +145,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     settings={
       "learning_rate": jnp.float32(config.learning_rate),
       "drop_rates": jnp.asarray(rates, jnp.float32),
+      "population": _facts(config, _smallest_labels(federation, num_classes) if "label" in names else ()),
+      "speed_spread": jnp.float32(config.speed_spread),
       "embeddings": jnp.asarray(table),
       "method": traced,
       "wrappers": {name: floats for name, (floats, _) in around.items()},
@@ -256,16 +259,35 @@ def _parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   return traced, {name: value for name, value in settings.items() if name not in traced}
 
 
+def _facts(config: Config, label_rank: np.ndarray | tuple[()]) -> population.Facts:
+  """What the availability processes read besides their rates."""
+  facts = population.Facts(
+    rounds=jnp.int32(config.rounds),
+    leave_at=jnp.float32(config.leave_at),
+    off_rounds=jnp.float32(config.off_rounds),
+    day_rounds=jnp.float32(config.day_rounds),
+    regions=jnp.int32(config.regions),
+  )
+  return facts._replace(label_rank=jnp.asarray(label_rank, jnp.float32) if len(label_rank) else ())
+
+
+def _smallest_labels(federation: Federation, num_classes: int) -> np.ndarray:
+  """float64 [N] in [0, 1]: the smallest label that each client holds for training, over the largest of all."""
+  return np.argmax(data.histogram(federation, num_classes) > 0, axis=1) / max(1, num_classes - 1)
+
+
 def _departed(config: Config) -> np.ndarray:
   """bool [N]: who never takes part or leaves for good, known from the seed before anything is partitioned."""
   names, rates = config.processes
+  # Who holds what makes nobody leave for good, and is not known yet.
+  facts = _facts(config, np.zeros(config.num_clients))
 
   @jax.jit
-  def schedule(seed, rates, rounds):
-    process = population.make(names, config.num_clients, rates)
-    return population.departed(process, seed, rounds, config.num_clients)
+  def schedule(seed, rates, facts):
+    process = population.make(names, config.num_clients, rates, facts=facts)
+    return population.departed(process, seed, facts.rounds, config.num_clients)
 
-  return np.asarray(schedule(jnp.uint32(config.seed), jnp.asarray(rates, jnp.float32), jnp.int32(config.rounds)))
+  return np.asarray(schedule(jnp.uint32(config.seed), jnp.asarray(rates, jnp.float32), facts))
 
 
 def _without(
