@@ -64,6 +64,8 @@ class Config:
   off_rounds: float = _setting(FACTS.off_rounds, "mean rounds of an absence of markov", least=1)
   day_rounds: float = _setting(FACTS.day_rounds, "rounds of a day of diurnal", above=0)
   regions: int = _setting(FACTS.regions, "of regional", least=1, most=2**31 - 1)
+  trace: str = _setting("", "CSV file of trace, see apfl_jax/population/traces.py; empty for a synthetic sample")
+  trace_round: float = _setting(1.0, "length of a round in the trace's unit of time; the sample's is an hour", above=0)
   speed: str = _setting("constant", "law of clients' speeds, mean 1; rounds do not read them", choices=SPEEDS)
   speed_spread: float = _setting(
     0.5,
@@ -122,6 +124,8 @@ class Config:
       object.__setattr__(self, field.name, value)
     if self.data_dir:
       object.__setattr__(self, "data_dir", os.path.abspath(os.path.expanduser(self.data_dir)))
+    if self.trace:
+      object.__setattr__(self, "trace", os.path.abspath(os.path.expanduser(self.trace)))
     object.__setattr__(self, "settings", _whole(self.algorithm, self.settings))
     for name in self.wrapper_settings:
       if name not in self.wrapper_names:
@@ -133,6 +137,8 @@ class Config:
       raise InputError(
         f"drop_rate: got {len(rates)} rates for {len(processes)} processes, accepted are 1 or a rate each"
       )
+    if self.trace and "trace" not in processes:
+      raise InputError(f"trace: got {self.trace} with --dropout={self.dropout}, accepted is --dropout with trace in it")
     if self.speed == "uniform" and self.speed_spread >= 1:
       raise InputError(f"speed_spread: got {self.speed_spread:g} with --speed=uniform, accepted is less than 1")
     if self.cohort_size > self.num_clients:

@@ -21,7 +21,7 @@ import apfl_jax
 from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
-from apfl_jax.types import Algorithm, Federation, HeldOut, LocalSGD, Process, PyTree, Task
+from apfl_jax.types import Algorithm, Array, Federation, HeldOut, LocalSGD, Process, PyTree, Task
 from experiments.config import Config
 
 _SAMPLES = 8  # images a class in the report
@@ -73,7 +73,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
   num_classes, image_shape = len(dataset.class_names), dataset.images.shape[1:]
 
   names, rates = config.processes
-  gone = _departed(config)
+  facts = _facts(config)
+  gone = _departed(config, facts)
   if gone.all():
     raise InputError(
       f"drop_rate: got {config.drop_rate} with --dropout={config.dropout}, which leaves none of the"
@@ -92,6 +93,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     pooled_examples=config.pooled_examples,
     index_size=_index_size(config, dataset),
   )
+  if "label" in names:
+    facts = facts._replace(label_rank=_label_rank(federation, num_classes))
   table = semantics.embeddings(
     config.embeddings, dataset.class_names, dataset.name, rng=host(random.Purpose.EMBEDDINGS)
   )
@@ -145,7 +148,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     settings={
       "learning_rate": jnp.float32(config.learning_rate),
       "drop_rates": jnp.asarray(rates, jnp.float32),
-      "population": _facts(config, _smallest_labels(federation, num_classes) if "label" in names else ()),
+      "population": facts,
       "speed_spread": jnp.float32(config.speed_spread),
       "embeddings": jnp.asarray(table),
       "method": traced,
@@ -259,28 +262,33 @@ def _parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   return traced, {name: value for name, value in settings.items() if name not in traced}
 
 
-def _facts(config: Config, label_rank: np.ndarray | tuple[()]) -> population.Facts:
-  """What the availability processes read besides their rates."""
-  facts = population.Facts(
+def _facts(config: Config) -> population.Facts:
+  """What the availability processes read besides their rates, but for what clients hold."""
+  trace = ()
+  if "trace" in config.processes[0]:
+    table = population.read_trace(config.trace or population.SAMPLE, config.trace_round, config.num_clients)
+    trace = jax.tree.map(jnp.asarray, table)
+  return population.Facts(
     rounds=jnp.int32(config.rounds),
     leave_at=jnp.float32(config.leave_at),
     off_rounds=jnp.float32(config.off_rounds),
     day_rounds=jnp.float32(config.day_rounds),
     regions=jnp.int32(config.regions),
+    trace=trace,
   )
-  return facts._replace(label_rank=jnp.asarray(label_rank, jnp.float32) if len(label_rank) else ())
 
 
-def _smallest_labels(federation: Federation, num_classes: int) -> np.ndarray:
-  """float64 [N] in [0, 1]: the smallest label that each client holds for training, over the largest of all."""
-  return np.argmax(data.histogram(federation, num_classes) > 0, axis=1) / max(1, num_classes - 1)
+def _label_rank(federation: Federation, num_classes: int) -> Array:
+  """float32 [N] in [0, 1]: the smallest label that each client holds for training, over the largest of all."""
+  smallest = np.argmax(data.histogram(federation, num_classes) > 0, axis=1)
+  return jnp.asarray(smallest / max(1, num_classes - 1), jnp.float32)
 
 
-def _departed(config: Config) -> np.ndarray:
+def _departed(config: Config, facts: population.Facts) -> np.ndarray:
   """bool [N]: who never takes part or leaves for good, known from the seed before anything is partitioned."""
   names, rates = config.processes
-  # Who holds what makes nobody leave for good, and is not known yet.
-  facts = _facts(config, np.zeros(config.num_clients))
+  # What clients hold is not known yet; nobody leaves for good by that.
+  facts = facts._replace(label_rank=jnp.zeros(config.num_clients))
 
   @jax.jit
   def schedule(seed, rates, facts):

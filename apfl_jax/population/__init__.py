@@ -1,11 +1,14 @@
 """Who is there when: processes of availability that chain as optax transformations do."""
 
-from apfl_jax.population.processes import (
+from apfl_jax.population.named import (
   FACTS,
   PROCESSES,
-  SPEEDS,
   Facts,
   Named,
+  make,
+)
+from apfl_jax.population.processes import (
+  SPEEDS,
   arrive,
   bernoulli,
   chain,
@@ -16,7 +19,6 @@ from apfl_jax.population.processes import (
   label,
   late,
   look,
-  make,
   markov,
   regional,
   speeds,
@@ -24,13 +26,21 @@ from apfl_jax.population.processes import (
   step,
   waiting,
 )
+from apfl_jax.population.traces import (
+  SAMPLE,
+  Trace,
+  read_trace,
+  trace,
+)
 
 __all__ = [
   "FACTS",
-  "PROCESSES",
-  "SPEEDS",
   "Facts",
   "Named",
+  "PROCESSES",
+  "SAMPLE",
+  "SPEEDS",
+  "Trace",
   "arrive",
   "bernoulli",
   "chain",
@@ -43,9 +53,11 @@ __all__ = [
   "look",
   "make",
   "markov",
+  "read_trace",
   "regional",
   "speeds",
   "start",
   "step",
+  "trace",
   "waiting",
 ]

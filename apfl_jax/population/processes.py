@@ -8,9 +8,6 @@ starts with, or a permutation made of it; what happens in a round from that roun
 grows with N, nor keeps a state that does.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +15,8 @@ from apfl_jax import random
 from apfl_jax.types import Array, Availability, Key, Process, PyTree
 
 
-def _available(ids: Array) -> Availability:
+def available(ids: Array) -> Availability:
+  """Everyone there, nothing lost, nothing late."""
   shape = jnp.shape(ids)
   return Availability(
     present=jnp.ones(shape, bool),
@@ -31,7 +29,8 @@ def _available(ids: Array) -> Availability:
   )
 
 
-def _keep(state: PyTree, round: Array, key: Key) -> PyTree:
+def keep(state: PyTree, round: Array, key: Key) -> PyTree:
+  """The `step` of a process whose state stays as it was."""
   del round, key
   return state
 
@@ -45,8 +44,8 @@ def everyone() -> Process:
   """Everyone is present in every round and every upload arrives."""
   return Process(
     init=lambda key: (),
-    step=_keep,
-    look=lambda state, round, ids, key: _available(ids),
+    step=keep,
+    look=lambda state, round, ids, key: available(ids),
   )
 
 
@@ -64,9 +63,9 @@ def cold(num_clients: int, rate: Array | float) -> Process:
   def look(state, round, ids, key):
     del round, key
     gone = random.permute(state, ids, num_clients) < lost
-    return _available(ids)._replace(present=~gone, gone=gone)
+    return available(ids)._replace(present=~gone, gone=gone)
 
-  return Process(init=random.permutation_key, step=_keep, look=look)
+  return Process(init=random.permutation_key, step=keep, look=look)
 
 
 def late(num_clients: int, rate: Array | float, leave: Array | int) -> Process:
@@ -85,9 +84,9 @@ def late(num_clients: int, rate: Array | float, leave: Array | int) -> Process:
   def look(state, round, ids, key):
     del key
     gone = (random.permute(state, ids, num_clients) < leavers) & (round >= leave)
-    return _available(ids)._replace(present=~gone, gone=gone)
+    return available(ids)._replace(present=~gone, gone=gone)
 
-  return Process(init=random.permutation_key, step=_keep, look=look)
+  return Process(init=random.permutation_key, step=keep, look=look)
 
 
 def arrive(num_clients: int, rate: Array | float, rounds: Array | int) -> Process:
@@ -108,9 +107,9 @@ def arrive(num_clients: int, rate: Array | float, rounds: Array | int) -> Proces
     rank = random.permute(state, ids, num_clients)
     share = rank / jnp.maximum(joiners, 1)
     joins = jnp.minimum(1 + jnp.floor(share * last).astype(jnp.int32), last)
-    return _available(ids)._replace(present=(rank >= joiners) | (round >= joins))
+    return available(ids)._replace(present=(rank >= joiners) | (round >= joins))
 
-  return Process(init=random.permutation_key, step=_keep, look=look)
+  return Process(init=random.permutation_key, step=keep, look=look)
 
 
 def markov(rate: Array | float, off_rounds: Array | float) -> Process:
@@ -142,9 +141,9 @@ def markov(rate: Array | float, off_rounds: Array | float) -> Process:
       start = jnp.asarray(round, jnp.int32), jnp.asarray(False), jnp.asarray(False)
       return jax.lax.while_loop(lambda carry: ~carry[1], back, start)[2]
 
-    return _available(ids)._replace(present=~jnp.vectorize(away)(ids))
+    return available(ids)._replace(present=~jnp.vectorize(away)(ids))
 
-  return Process(init=jax.random.key_data, step=_keep, look=look)
+  return Process(init=jax.random.key_data, step=keep, look=look)
 
 
 def label(rate: Array | float, rank: Array) -> Process:
@@ -161,9 +160,9 @@ def label(rate: Array | float, rank: Array) -> Process:
 
   def look(state, round, ids, key):
     del state, round
-    return _available(ids)._replace(present=_uniform(key, ids) < 1.0 - rate * (1.0 - rank[ids]))
+    return available(ids)._replace(present=_uniform(key, ids) < 1.0 - rate * (1.0 - rank[ids]))
 
-  return Process(init=lambda key: (), step=_keep, look=look)
+  return Process(init=lambda key: (), step=keep, look=look)
 
 
 def diurnal(rate: Array | float, day_rounds: Array | float) -> Process:
@@ -182,9 +181,9 @@ def diurnal(rate: Array | float, day_rounds: Array | float) -> Process:
     zone = _uniform(jax.random.wrap_key_data(state), ids)
     hour = jnp.mod(jnp.asarray(round, jnp.float32), day_rounds) / day_rounds
     away = rate + swing * jnp.sin(2 * jnp.pi * (hour + zone))
-    return _available(ids)._replace(present=_uniform(key, ids) >= away)
+    return available(ids)._replace(present=_uniform(key, ids) >= away)
 
-  return Process(init=jax.random.key_data, step=_keep, look=look)
+  return Process(init=jax.random.key_data, step=keep, look=look)
 
 
 def regional(num_clients: int, rate: Array | float, regions: Array | int) -> Process:
@@ -201,9 +200,9 @@ def regional(num_clients: int, rate: Array | float, regions: Array | int) -> Pro
   def look(state, round, ids, key):
     del round
     region = random.permute(state, ids, num_clients) % regions
-    return _available(ids)._replace(present=_uniform(key, region) >= rate)
+    return available(ids)._replace(present=_uniform(key, region) >= rate)
 
-  return Process(init=random.permutation_key, step=_keep, look=look)
+  return Process(init=random.permutation_key, step=keep, look=look)
 
 
 def bernoulli(rate: Array | float) -> Process:
@@ -215,9 +214,9 @@ def bernoulli(rate: Array | float) -> Process:
 
   def look(state, round, ids, key):
     del state, round
-    return _available(ids)._replace(arrives=_uniform(key, ids) < 1.0 - rate)
+    return available(ids)._replace(arrives=_uniform(key, ids) < 1.0 - rate)
 
-  return Process(init=lambda key: (), step=_keep, look=look)
+  return Process(init=lambda key: (), step=keep, look=look)
 
 
 def waiting(steps: Array | int) -> Process:
@@ -231,9 +230,9 @@ def waiting(steps: Array | int) -> Process:
 
   def look(state, round, ids, key):
     del state, round, key
-    return _available(ids)._replace(wait=jnp.full(jnp.shape(ids), steps, jnp.int32))
+    return available(ids)._replace(wait=jnp.full(jnp.shape(ids), steps, jnp.int32))
 
-  return Process(init=lambda key: (), step=_keep, look=look)
+  return Process(init=lambda key: (), step=keep, look=look)
 
 
 SPEEDS = ("constant", "uniform", "lognormal", "pareto")
@@ -266,9 +265,9 @@ def speeds(law: str, spread: Array | float) -> Process:
       speed = (1.0 + spread) * (1.0 - _uniform(key, ids)) ** spread
     else:
       speed = jnp.ones(jnp.shape(ids))
-    return _available(ids)._replace(speed=speed)
+    return available(ids)._replace(speed=speed)
 
-  return Process(init=jax.random.key_data, step=_keep, look=look)
+  return Process(init=jax.random.key_data, step=keep, look=look)
 
 
 def chain(*processes: Process) -> Process:
@@ -284,7 +283,7 @@ def chain(*processes: Process) -> Process:
     return tuple(p.step(s, round, k) for p, s, k in zip(processes, state, keys(key), strict=True))
 
   def look(state, round, ids, key):
-    result = _available(ids)
+    result = available(ids)
     for p, s, k in zip(processes, state, keys(key), strict=True):
       a = p.look(s, round, ids, k)
       result = Availability(
@@ -299,71 +298,6 @@ def chain(*processes: Process) -> Process:
     return result
 
   return Process(init, step, look)
-
-
-class Facts(NamedTuple):
-  """What processes read besides their rate; all may be traced.
-
-  Attributes:
-    rounds: int32 [], T of the run.
-    leave_at: float32 [], share of the rounds after which the leavers of `late` are gone.
-    off_rounds: float32 [], mean length of an absence of `markov`, in rounds.
-    day_rounds: float32 [], length of a day of `diurnal`, in rounds.
-    regions: int32 [], of `regional`.
-    label_rank: float32 [N], of `label`, the smallest label that a client holds / (C - 1); () where nobody asks.
-  """
-
-  rounds: Array | int = 40
-  leave_at: Array | float = 0.5
-  off_rounds: Array | float = 5.0
-  day_rounds: Array | float = 24.0
-  regions: Array | int = 4
-  label_rank: PyTree = ()
-
-
-class Named(NamedTuple):
-  """A process that has a name.
-
-  Attributes:
-    make: (num_clients, rate, facts) -> Process.
-    text: what it is, in half a line.
-    endless: whether at rate 1 no upload would ever arrive.
-  """
-
-  make: Callable[[int, Array | float, Facts], Process]
-  text: str
-  endless: bool = False
-
-
-FACTS = Facts()
-PROCESSES: dict[str, Named] = {
-  "none": Named(lambda n, rate, facts: everyone(), "everyone, always"),
-  "cold": Named(lambda n, rate, facts: cold(n, rate), "a share of clients is never there"),
-  "late": Named(
-    lambda n, rate, facts: late(n, rate, jnp.round(facts.leave_at * facts.rounds).astype(jnp.int32)),
-    "a share leaves for good",
-  ),
-  "arrive": Named(lambda n, rate, facts: arrive(n, rate, facts.rounds), "a share joins in the first half of the run"),
-  "bernoulli": Named(lambda n, rate, facts: bernoulli(rate), "uploads get lost", endless=True),
-  "markov": Named(lambda n, rate, facts: markov(rate, facts.off_rounds), "each client goes and comes back"),
-  "label": Named(lambda n, rate, facts: label(rate, facts.label_rank), "who holds small labels is rarely there"),
-  "diurnal": Named(lambda n, rate, facts: diurnal(rate, facts.day_rounds), "by the hour of the day", endless=True),
-  "regional": Named(lambda n, rate, facts: regional(n, rate, facts.regions), "whole regions are away", endless=True),
-}
-
-
-def make(names: Sequence[str], num_clients: int, rates: Array, *others: Process, facts: Facts = FACTS) -> Process:
-  """The chain of the named processes, each with its own rate, and of others, which change no draw of theirs.
-
-  Args:
-    names: of `PROCESSES`.
-    num_clients: N.
-    rates: float32 [len(names)], may be traced.
-    *others: any processes.
-    facts: what named processes read besides.
-  """
-  named = (PROCESSES[name].make(num_clients, rates[i], facts) for i, name in enumerate(names))
-  return chain(*named, *others)
 
 
 def start(process: Process, seed: Array | int) -> PyTree:

@@ -17,7 +17,13 @@ N, ROUNDS = 200, 60
 UNLIKELY = 1e-6  # seeds are fixed, so a sound process passes always
 RANK = np.arange(N, dtype=np.float32) % 10 / 9  # the smallest of ten labels that a client holds
 FACTS = population.Facts(
-  rounds=ROUNDS, leave_at=0.5, off_rounds=4.0, day_rounds=20.0, regions=7, label_rank=jnp.asarray(RANK)
+  rounds=ROUNDS,
+  leave_at=0.5,
+  off_rounds=4.0,
+  day_rounds=20.0,
+  regions=7,
+  label_rank=RANK,
+  trace=population.read_trace(population.SAMPLE),
 )
 
 
@@ -236,7 +242,7 @@ def test_regions_are_away_as_one(history, rate, regions):
     assert abs(np.mean(both) - rate**2) < 0.1
 
 
-@pytest.mark.parametrize("name", list(population.PROCESSES))
+@pytest.mark.parametrize("name", [name for name in population.PROCESSES if name != "trace"])
 def test_the_ends_of_rates(history, name):
   got = history(name, 0.0)
   assert np.all(got.present) and np.all(got.arrives)
@@ -258,10 +264,11 @@ def test_masks_make_sense_at_any_setting(history, rate, seed, **facts):
     got = history(name, rate, seed, **facts)
     assert not np.any(got.gone & got.present), name
     assert np.all(got.gone[1:] >= got.gone[:-1]), f"{name}: who is gone comes back"
-    assert np.all(got.delay == 0) and np.all(got.wait == 0) and np.all(got.work == 1) and np.all(got.speed == 1), name
+    assert np.all(got.delay == 0) and np.all(got.wait == 0) and np.all(got.work == 1), name
+    assert name == "trace" or np.all(got.speed == 1), name
 
 
-@pytest.mark.parametrize("name", [name for name in population.PROCESSES if name != "none"])
+@pytest.mark.parametrize("name", [name for name in population.PROCESSES if name not in ("none", "trace")])
 def test_seeds_differ(history, name):
   one, other = history(name, 0.5, 0), history(name, 0.5, 1)
   assert np.any(one.present != other.present) or np.any(one.arrives != other.arrives)
@@ -294,7 +301,8 @@ def test_speeds_have_mean_1_and_their_law(law):
 
 def test_an_answer_does_not_depend_on_who_else_is_asked_about():
   names = list(population.PROCESSES)
-  process = population.make(names, N, jnp.full(len(names), 0.1), population.speeds("lognormal", 0.5), facts=FACTS)
+  facts = jax.tree.map(jnp.asarray, FACTS)
+  process = population.make(names, N, jnp.full(len(names), 0.1), population.speeds("lognormal", 0.5), facts=facts)
   state = population.start(process, 5)
   look = jax.jit(lambda ids: population.look(process, state, jnp.int32(40), ids, 5))
   everyone = look(jnp.arange(N))
