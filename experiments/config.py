@@ -55,7 +55,7 @@ class Config:
   dropout: str = _setting(
     "cold",
     "processes of availability, comma-separated: "
-    + "; ".join(f"{name}, {process.text}" for name, process in PROCESSES.items()),
+    + ", ".join(f"{name} ({process.text})" for name, process in PROCESSES.items()),
   )
   drop_rate: str = _setting("0.6", "rate of each process in [0, 1], comma-separated; one stands for all")
   leave_at: float = _setting(
