@@ -309,7 +309,7 @@ class Availability(NamedTuple):
     arrives: bool. Present but not arriving is *dropped*: it trains, its own state advances, its upload is lost.
     delay: int32, how many rounds ago it downloaded what it trains on (*late*; its update is *stale*).
     work: float32 in (0, 1], the share of its local steps that it does.
-    speed: float32 > 0, local steps a second of virtual time.
+    speed: float32 > 0, how much faster than the mean it works on a virtual clock.
     gone: bool, not present in this round nor in any later one.
     wait: int32, local steps for which it is idle after its upload, until the server answers.
   """

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from apfl_jax import algorithms, nn, semantics, simulation, training
 from apfl_jax.errors import InputError
 from apfl_jax.files import cache_dir
-from apfl_jax.population import PROCESSES
+from apfl_jax.population import FACTS, PROCESSES, SPEEDS
 from apfl_jax.settings import Limits, checked
 from apfl_jax.training.augment import AUGMENTATIONS
 
@@ -52,8 +52,28 @@ class Config:
   verification_classes: int = _setting(
     0, "classes that nobody trains on and features are verified on; 0 for none, or 2 or more", least=0
   )
-  dropout: str = _setting("cold", f"processes of availability, comma-separated: {', '.join(PROCESSES)}")
+  dropout: str = _setting(
+    "cold",
+    "processes of availability, comma-separated: "
+    + ", ".join(f"{name} ({process.text})" for name, process in PROCESSES.items()),
+  )
   drop_rate: str = _setting("0.6", "rate of each process in [0, 1], comma-separated; one stands for all")
+  leave_at: float = _setting(
+    FACTS.leave_at, "share of the rounds after which clients of late are gone", least=0, most=1
+  )
+  off_rounds: float = _setting(FACTS.off_rounds, "mean rounds of an absence of markov", least=1)
+  day_rounds: float = _setting(FACTS.day_rounds, "rounds of a day of diurnal", above=0)
+  regions: int = _setting(FACTS.regions, "of regional", least=1, most=2**31 - 1)
+  trace: str = _setting("", "CSV file of trace, see apfl_jax/population/traces.py; empty for a synthetic sample")
+  trace_round: float = _setting(1.0, "length of a round in the trace's unit of time; the sample's is an hour", above=0)
+  speed: str = _setting("constant", "law of clients' speeds, mean 1; rounds do not read them", choices=SPEEDS)
+  speed_spread: float = _setting(
+    0.5,
+    "of speeds: half the width of uniform (less than 1), deviation of lognormal's logarithm, for pareto the tail index"
+    " of the time that a step takes is 1 / spread",
+    least=0,
+    most=4,
+  )
   server_wait: int = _setting(0, "local steps for which a client is idle while the server is late", least=0)
   versions: int = _setting(1, "server versions kept for late clients; no process of today delays any", least=1)
   rounds: int = _setting(40, "rounds", least=1)
@@ -113,6 +133,8 @@ class Config:
     if self.data_dir:
       object.__setattr__(self, "data_dir", os.path.abspath(os.path.expanduser(self.data_dir)))
     object.__setattr__(self, "embeddings", "+".join(semantics.parts(self.embeddings)))
+    if self.trace:
+      object.__setattr__(self, "trace", os.path.abspath(os.path.expanduser(self.trace)))
     object.__setattr__(self, "settings", _whole(self.algorithm, self.settings))
     for name in self.wrapper_settings:
       if name not in self.wrapper_names:
@@ -124,6 +146,10 @@ class Config:
       raise InputError(
         f"drop_rate: got {len(rates)} rates for {len(processes)} processes, accepted are 1 or a rate each"
       )
+    if self.trace and "trace" not in processes:
+      raise InputError(f"trace: got {self.trace} with --dropout={self.dropout}, accepted is --dropout with trace in it")
+    if self.speed == "uniform" and self.speed_spread >= 1:
+      raise InputError(f"speed_spread: got {self.speed_spread:g} with --speed=uniform, accepted is less than 1")
     if self.cohort_size > self.num_clients:
       raise InputError(f"cohort_size: got {self.cohort_size}, accepted is 0 (all) to num_clients={self.num_clients}")
 
@@ -155,8 +181,14 @@ class Config:
         raise InputError(f"drop_rate: got {part!r}, accepted are numbers from 0 to 1, comma-separated")
       rates.append(rate)
     rates = rates * len(names) if len(rates) == 1 else rates
-    if ("bernoulli", 1.0) in zip(names, rates, strict=False):
-      raise InputError("drop_rate: got 1 for bernoulli, which loses every upload; accepted is less than 1")
+    for name, rate in zip(names, rates, strict=False):
+      if rate == 1 and PROCESSES[name].endless:
+        raise InputError(f"drop_rate: got 1 for {name}, with which no upload ever arrives; accepted is less than 1")
+      if name == "markov" and rate > (most := 1 - 1 / self.off_rounds) + 1e-6:
+        raise InputError(
+          f"drop_rate: got {rate:g} for markov with --off_rounds={self.off_rounds:g}, accepted is at most"
+          f" 1 - 1 / off_rounds = {most:.4g}"
+        )
     return names, tuple(rates)
 
   def lines(self) -> list[str]:

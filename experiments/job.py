@@ -21,7 +21,7 @@ import apfl_jax
 from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
-from apfl_jax.types import Algorithm, Federation, HeldOut, LocalSGD, Process, PyTree, Task
+from apfl_jax.types import Algorithm, Array, Federation, HeldOut, LocalSGD, Process, PyTree, Task
 from experiments.config import Config
 
 _SAMPLES = 8  # images a class in the report
@@ -78,7 +78,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
   num_classes, image_shape = len(dataset.class_names), dataset.images.shape[1:]
 
   names, rates = config.processes
-  gone = _departed(config)
+  facts = _facts(config)
+  gone = _departed(config, facts)
   if gone.all():
     raise InputError(
       f"drop_rate: got {config.drop_rate} with --dropout={config.dropout}, which leaves none of the"
@@ -97,6 +98,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     pooled_examples=config.pooled_examples,
     index_size=_index_size(config, dataset),
   )
+  if "label" in names:
+    facts = facts._replace(label_rank=_label_rank(federation, num_classes))
   table = semantics.embeddings(
     config.embeddings,
     dataset.class_names,
@@ -144,8 +147,9 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     algorithm = entry.make(task(settings), **static, **settings["method"])
     for name, (_, fixed) in around.items():
       algorithm = algorithms.WRAPPERS[name].make(algorithm, task(settings), **fixed, **settings["wrappers"][name])
-    waiting = population.waiting(settings["server_wait"])
-    return algorithm, population.make(names, config.num_clients, settings["drop_rates"], waiting)
+    others = population.waiting(settings["server_wait"]), population.speeds(config.speed, settings["speed_spread"])
+    rates, facts = settings["drop_rates"], settings["population"]
+    return algorithm, population.make(names, config.num_clients, rates, *others, facts=facts)
 
   inputs = simulation.Inputs(
     seed=jnp.uint32(config.seed),
@@ -154,6 +158,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     settings={
       "learning_rate": jnp.float32(config.learning_rate),
       "drop_rates": jnp.asarray(rates, jnp.float32),
+      "population": facts,
+      "speed_spread": jnp.float32(config.speed_spread),
       "embeddings": jnp.asarray(table),
       "method": traced,
       "wrappers": {name: floats for name, (floats, _) in around.items()},
@@ -266,16 +272,40 @@ def _parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   return traced, {name: value for name, value in settings.items() if name not in traced}
 
 
-def _departed(config: Config) -> np.ndarray:
+def _facts(config: Config) -> population.Facts:
+  """What the availability processes read besides their rates, but for what clients hold."""
+  trace = ()
+  if "trace" in config.processes[0]:
+    table = population.read_trace(config.trace or population.SAMPLE, config.trace_round, config.num_clients)
+    trace = jax.tree.map(jnp.asarray, table)
+  return population.Facts(
+    rounds=jnp.int32(config.rounds),
+    leave_at=jnp.float32(config.leave_at),
+    off_rounds=jnp.float32(config.off_rounds),
+    day_rounds=jnp.float32(config.day_rounds),
+    regions=jnp.int32(config.regions),
+    trace=trace,
+  )
+
+
+def _label_rank(federation: Federation, num_classes: int) -> Array:
+  """float32 [N] in [0, 1]: the smallest label that each client holds for training, over the largest of all."""
+  smallest = np.argmax(data.histogram(federation, num_classes) > 0, axis=1)
+  return jnp.asarray(smallest / max(1, num_classes - 1), jnp.float32)
+
+
+def _departed(config: Config, facts: population.Facts) -> np.ndarray:
   """bool [N]: who never takes part or leaves for good, known from the seed before anything is partitioned."""
   names, rates = config.processes
+  # What clients hold is not known yet; nobody leaves for good by that.
+  facts = facts._replace(label_rank=jnp.zeros(config.num_clients))
 
   @jax.jit
-  def schedule(seed, rates, rounds):
-    process = population.make(names, config.num_clients, rates)
-    return population.departed(process, seed, rounds, config.num_clients)
+  def schedule(seed, rates, facts):
+    process = population.make(names, config.num_clients, rates, facts=facts)
+    return population.departed(process, seed, facts.rounds, config.num_clients)
 
-  return np.asarray(schedule(jnp.uint32(config.seed), jnp.asarray(rates, jnp.float32), jnp.int32(config.rounds)))
+  return np.asarray(schedule(jnp.uint32(config.seed), jnp.asarray(rates, jnp.float32), facts))
 
 
 def _without(

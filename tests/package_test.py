@@ -58,6 +58,6 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path, monkeypatch):
   with zipfile.ZipFile(tmp_path / build.build_wheel(str(tmp_path))) as wheel:
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
   sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "apfl_jax").rglob("*.*")}
-  wanted = {name for name in sources if name.endswith((".py", ".npz", ".md", "/py.typed"))}
+  wanted = {name for name in sources if name.endswith((".py", ".npz", ".csv", ".md", "/py.typed"))}
   assert names == wanted
   assert "apfl_jax/py.typed" in names

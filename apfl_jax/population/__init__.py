@@ -1,29 +1,63 @@
 """Who is there when: processes of availability that chain as optax transformations do."""
 
-from apfl_jax.population.processes import (
+from apfl_jax.population.named import (
+  FACTS,
   PROCESSES,
+  Facts,
+  Named,
+  make,
+)
+from apfl_jax.population.processes import (
+  SPEEDS,
+  arrive,
   bernoulli,
   chain,
   cold,
   departed,
+  diurnal,
   everyone,
+  label,
+  late,
   look,
-  make,
+  markov,
+  regional,
+  speeds,
   start,
   step,
   waiting,
 )
+from apfl_jax.population.traces import (
+  SAMPLE,
+  Trace,
+  read_trace,
+  trace,
+)
 
 __all__ = [
+  "FACTS",
+  "Facts",
+  "Named",
   "PROCESSES",
+  "SAMPLE",
+  "SPEEDS",
+  "Trace",
+  "arrive",
   "bernoulli",
   "chain",
   "cold",
   "departed",
+  "diurnal",
   "everyone",
+  "label",
+  "late",
   "look",
   "make",
+  "markov",
+  "read_trace",
+  "regional",
+  "speeds",
   "start",
   "step",
+  "trace",
   "waiting",
 ]
