@@ -76,7 +76,11 @@ def of(function: Callable[..., Any]) -> dict[str, Setting]:
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
       extras = getattr(hints.get(name), "__metadata__", ())
       limits = next((x for x in extras if isinstance(x, Limits)), ANYTHING)
+      if type(parameter.default) not in _KINDS:
+        raise InputError(f"{function.__name__}: {name} has no default, accepted are a float, int, bool or str")
       found[name] = Setting(parameter.default, limits, texts.get(name, name))
+    elif name not in ("algorithm", "task"):
+      raise InputError(f"{function.__name__}: {name} can be given by position, accepted are settings after a *")
   return found
 
 

@@ -3,9 +3,11 @@
 A method's own settings are the keyword arguments of its `make`; they become flags prefixed by its name.
 """
 
+import _thread
 import dataclasses
 import os
 import sys
+import threading
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -275,12 +277,14 @@ def note_unused(methods: Collection[str]) -> None:
 
 
 def table_of_methods() -> str:
-  """A line for each method under its group: what `--algorithm=help` prints."""
+  """A line for each method under its group, and for each wrapper: what `--algorithm=help` prints."""
   width = max(map(len, algorithms.METHODS))
   lines = []
   for group, methods in algorithms.grouped().items():
     lines.append(f"{group}: {algorithms.GROUPS[group]}" if group in algorithms.GROUPS else f"{group}:")
     lines += [f"  {name:{width}}  {method.paper}" for name, method in methods.items()]
+  lines += ["wrappers, for --wrappers"]
+  lines += [f"  {name:{width}}  {wrapper.paper}" for name, wrapper in algorithms.WRAPPERS.items()]
   return "\n".join(lines)
 
 
@@ -305,9 +309,19 @@ def main(run: Any) -> None:
     except OSError as error:
       _fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
-      print("stopped; the same command goes on from its last checkpoint", file=sys.stderr, flush=True)
+      print("stopped; the same command goes on from its last checkpoint, if there is one", file=sys.stderr, flush=True)
       sys.exit(130)
 
+  # Python drops what is raised in a callback of its garbage collector, and JAX has one: Ctrl-C must not be lost there.
+  report = sys.unraisablehook
+
+  def again(unraisable: Any) -> None:
+    if unraisable.exc_type is KeyboardInterrupt:
+      threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+      report(unraisable)
+
+  sys.unraisablehook = again
   for name in ("devices", "coordinator_address", "num_processes", "process_id"):
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # --help shows them
   logging.set_verbosity(logging.ERROR)  # libraries tell below that what no user asked: devices not found, folders

@@ -187,7 +187,7 @@ def _write(
   if of_pairs:
     text = (
       "In points, over the seeds that both have: mean ± standard deviation; the bootstrap's interval (too narrow for "
-      "few seeds); p one-sided, by flipping signs, at best 1 / 2^seeds."
+      "few seeds); p one-sided, that the first is better, by flipping signs, at best 1 / 2^seeds."
     )
     sections.append(html.Section("Pairs", text, _grid_of_pairs(of_pairs)))
   drawn = [(name, of["pooled: personal"], of["own: all"]) for name, of in values.items()]
@@ -371,10 +371,12 @@ def parse_methods(text: str) -> list[str]:
 
 def parse_seeds(text: str) -> list[int]:
   """The seeds of a comma list, each once."""
+  if len(_parts(text)) < len([part for part in text.split(",") if part.strip()]):
+    raise InputError(f"seeds: got {text!r}, accepted is each at most once")
   for part in _parts(text) or [text]:
     if not (part.isascii() and part.isdigit()):
       raise InputError(f"seeds: got {part!r}, accepted are whole numbers from 0, comma-separated")
-  return list(dict.fromkeys(map(int, _parts(text))))
+  return list(map(int, _parts(text)))
 
 
 def parse_pairs(text: str) -> list[tuple[str, str]]:

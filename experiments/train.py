@@ -16,7 +16,7 @@ from experiments import config, job
 def main(arguments: Sequence[str]) -> None:
   """Runs the job that the flags describe and prints the table that ends it."""
   del arguments
-  if flags.FLAGS.algorithm == "help":
+  if "help" in (flags.FLAGS.algorithm, flags.FLAGS.wrappers):
     print(config.table_of_methods())
     return
   config.note_unused([flags.FLAGS.algorithm])

@@ -196,8 +196,8 @@ def clustered(
   idle, lost = np.flatnonzero(~held.any(0)), [label for label in present if not held[label].any()]
   if len(idle) or lost:
     raise InputError(
-      f"clusters: got {clusters}, which leaves {f'client {idle[0]}' if len(idle) else f'class {lost[0]}'} nothing that"
-      " may be held; accepted is another number, or --monopolistic_classes=0"
+      f"monopolistic_classes: with clusters={clusters} {f'client {idle[0]}' if len(idle) else f'class {lost[0]}'} is"
+      " left with nothing that may be held; accepted is 0"
     )
   return iid(labels, num_clients, rng=rng, allowed=held, min_size=min_size, examples_per_client=examples_per_client)
 

@@ -41,7 +41,7 @@ def rows(summary: dict[str, Any]) -> list[Row]:
   return [
     Row("global model", [shared.get(key) for key in _OWN_KEYS] + shared_pooled),
     Row(
-      f"personal models ({summary['algorithm']})",
+      f"personal models ({' with '.join([summary['algorithm'], *summary.get('wrappers', ())])})",
       [personal.get(key) for key in _OWN_KEYS] + [pooled.get("personal_mean"), dropped],
     ),
   ]

@@ -136,7 +136,7 @@ def test_what_cannot_be_told_is_refused_before_anything_runs(pairs, best_round, 
 def test_lists_are_parsed():
   assert methods.parse_methods("all") == list(algorithms.METHODS)
   assert methods.parse_methods(" fedper, fedavg,fedper") == ["fedper", "fedavg"]
-  assert methods.parse_seeds("2, 0,2") == [2, 0]
+  assert methods.parse_seeds("2, 0,") == [2, 0]
   assert methods.parse_pairs("") == []
   assert methods.parse_pairs("knn_per:fedavg,gpfl:fedper") == [("knn_per", "fedavg"), ("gpfl", "fedper")]
 
@@ -150,6 +150,7 @@ def test_lists_are_parsed():
     (methods.parse_seeds, "", "seeds: got ''"),
     (methods.parse_seeds, "0,one", "seeds: got 'one', accepted are whole numbers"),
     (methods.parse_seeds, "-1", "seeds: got '-1'"),
+    (methods.parse_seeds, "2,0,2", "seeds: got '2,0,2', accepted is each at most once"),
     (methods.parse_pairs, "fedavg", "pairs: got 'fedavg', accepted are pairs"),
     (methods.parse_pairs, "a:b:c", "pairs: got 'a:b:c'"),
   ],
@@ -182,8 +183,13 @@ def test_spreads_leave_out_what_is_not_known():
 
 def test_help_lists_every_method_under_its_group():
   lines = config.table_of_methods().splitlines()
-  assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == list(algorithms.grouped())
-  assert sorted(line.split()[0] for line in lines if line.startswith(" ")) == sorted(algorithms.METHODS)
+  assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == [
+    *algorithms.grouped(),
+    "wrappers, for --wrappers",
+  ]
+  assert sorted(line.split()[0] for line in lines if line.startswith(" ")) == sorted(
+    [*algorithms.METHODS, *algorithms.WRAPPERS]
+  )
 
 
 def test_a_picture_for_one_method_or_many():
