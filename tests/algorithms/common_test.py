@@ -158,7 +158,7 @@ def test_learns(name):
   if simulator.has_global_model:
     pooled = simulator.score_pooled(state, inputs, jnp.ones(tasks.NUM_CLASSES, bool))
     assert metrics.accuracy(pooled) > 0.9
-  if name in METHODS and METHODS[name].group == "global":  # what is scored as a client's model is the model that all share
+  if name in METHODS and METHODS[name].group == "global":  # its clients have no other
     rows = jnp.arange(tasks.NUM_CLIENTS)
     shared = simulator.score_global(state, inputs, rows, rows >= 0).own
     np.testing.assert_array_equal(tasks.personal(simulator, state, inputs).own, shared)
