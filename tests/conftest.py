@@ -16,15 +16,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """With `-n`, tests that share what they compile stay together: those of a method, else those of a module."""
-  for item in items:
-    method = getattr(item, "callspec", None) and item.callspec.params.get("name")  # type: ignore[attr-defined]
-    common = item.path.name in ("common_test.py", "vmap_test.py")
-    item.add_marker(pytest.mark.xdist_group(f"method {method}" if common else item.path.name))
-
-
 @pytest.fixture(scope="session")
 def tfds_dir() -> Path:
   """The folder of prepared data sets, `data_dir` of tensorflow-datasets."""
