@@ -17,11 +17,10 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from apfl_jax import training
-from apfl_jax.algorithms import fedopt, staleness
+from apfl_jax.algorithms import fedopt, one_by_one, staleness
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.settings import Limits, Positive, Weight
-from apfl_jax.types import Algorithm, Array, Download, Params, Task, Upload
+from apfl_jax.types import Algorithm, Array, Download, Params, Task
 
 
 class Server(NamedTuple):
@@ -36,18 +35,6 @@ class Server(NamedTuple):
   model: fedopt.Server
   buffer: Params
   held: Array
-
-
-class Kept(NamedTuple):
-  """What the server wants client by client.
-
-  Attributes:
-    delta: d_i.
-    counts: bool [], whether the client has examples.
-  """
-
-  delta: Params
-  counts: Array
 
 
 def fedbuff(
@@ -67,18 +54,11 @@ def fedbuff(
     server_learning_rate: eta.
     server_momentum: of the server's steps.
   """
-  plain = fedavg(task)
   stepping = fedopt.fedavgm(task, server_learning_rate=server_learning_rate, momentum=server_momentum)
-  uniform = task.sgd._replace(weighting="uniform")
 
   def init(key):
     model = stepping.init(key)
     return Server(model, jax.tree.map(jnp.zeros_like, model.params), jnp.int32(0))
-
-  def local_update(download, client, data, visit, key):
-    client, upload = plain.local_update(download, client, data, visit, key)
-    kept = Kept(upload.update, data.train.size > 0)
-    return client, Upload(update=(), weight=training.weight(uniform, data.train.size), kept=kept)
 
   def aggregate(server, received, key):
     def emptied(server):
@@ -96,10 +76,10 @@ def fedbuff(
     items = received.kept.delta, received.arrived & received.kept.counts, received.staleness
     return jax.lax.scan(arrival, (server, jnp.int32(0)), items)[0][0]
 
-  return plain._replace(
+  return fedavg(task)._replace(
     init=init,
     download=lambda server: Download(shared=server.model.params),
-    local_update=local_update,
+    local_update=one_by_one.local_update(task),
     aggregate=aggregate,
     global_model=lambda server: server.model.params,
   )

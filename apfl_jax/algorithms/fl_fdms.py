@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from apfl_jax import training
+from apfl_jax.algorithms import one_by_one
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.errors import InputError
-from apfl_jax.types import Algorithm, Array, Download, Params, Task, Upload
+from apfl_jax.types import Algorithm, Array, Download, Params, Task
 
 _MOST = 10_000  # clients; the tables then take 800 MB
 
@@ -38,34 +37,14 @@ class Server(NamedTuple):
   met: Array
 
 
-class Kept(NamedTuple):
-  """What the server wants client by client.
-
-  Attributes:
-    delta: d_i.
-    counts: bool [], whether the client has examples.
-  """
-
-  delta: Params
-  counts: Array
-
-
 def fl_fdms(task: Task) -> Algorithm:
   """FedAvg in which the most similar client that is there stands in for one that is not."""
   if task.num_clients > _MOST:
     raise InputError(f"fl_fdms: got num_clients={task.num_clients}, accepted is at most {_MOST}: it keeps N x N tables")
-  loss = training.classification_loss(task)
-  uniform = task.sgd._replace(weighting="uniform")
 
   def init(key):
     blank = jnp.zeros((task.num_clients, task.num_clients))
     return Server(task.model.init(key), blank, jnp.zeros_like(blank))
-
-  def local_update(download, client, data, visit, key):
-    steps = training.num_steps(task.sgd, data.train.size, visit.work)
-    params = training.local_sgd(task, loss, download.shared, data, steps, key)
-    kept = Kept(optax.tree.sub(params, download.shared), data.train.size > 0)
-    return client, Upload(update=(), weight=training.weight(uniform, data.train.size), kept=kept)
 
   def aggregate(server, received, key):
     delta, there = received.kept.delta, received.arrived & received.kept.counts  # [K, ...], bool [K]
@@ -89,7 +68,7 @@ def fl_fdms(task: Task) -> Algorithm:
   return fedavg(task)._replace(
     init=init,
     download=lambda server: Download(shared=server.params),
-    local_update=local_update,
+    local_update=one_by_one.local_update(task),
     aggregate=aggregate,
     global_model=lambda server: server.params,
   )

@@ -6,7 +6,7 @@ A table is a text of one line a class: its name in the data set, then its values
 
 import numpy as np
 
-from apfl_jax.errors import InputError
+from apfl_jax.semantics.lookup import find
 
 # Seven-segment code a to g, closed loops / 2, curved, diagonal stroke: as in the pilots, method 7 [P].
 _DIGITS = """
@@ -86,13 +86,5 @@ def attributes(class_names: tuple[str, ...], dataset_name: str) -> np.ndarray:
   Raises:
     InputError: no table for this data set, or a class that it does not describe.
   """
-  if dataset_name not in ATTRIBUTES:
-    raise InputError(
-      f"embeddings: no attribute table for data set {dataset_name!r}, there is one for {', '.join(ATTRIBUTES)}; "
-      "take onehot instead"
-    )
-  table = ATTRIBUTES[dataset_name]
-  unknown = [name for name in class_names if name not in table]
-  if unknown:
-    raise InputError(f"embeddings: the attribute table of {dataset_name} has no class {unknown[0]!r}")
+  table = find(ATTRIBUTES, "attribute table", class_names, dataset_name)
   return np.array([table[name] for name in class_names])

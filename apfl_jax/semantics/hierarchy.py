@@ -11,7 +11,7 @@ their tree is of strokes.
 
 import numpy as np
 
-from apfl_jax.errors import InputError
+from apfl_jax.semantics.lookup import find
 
 _DIGITS = """
   straight: one, four, seven
@@ -99,15 +99,7 @@ def hierarchy(class_names: tuple[str, ...], dataset_name: str) -> np.ndarray:
   Raises:
     InputError: no tree for this data set, or a class that it does not hold.
   """
-  if dataset_name not in HIERARCHIES:
-    raise InputError(
-      f"embeddings: no class tree for data set {dataset_name!r}, there is one for {', '.join(HIERARCHIES)}; "
-      "take onehot instead"
-    )
-  tree = HIERARCHIES[dataset_name]
-  unknown = [name for name in class_names if name not in tree]
-  if unknown:
-    raise InputError(f"embeddings: the class tree of {dataset_name} has no class {unknown[0]!r}")
+  tree = find(HIERARCHIES, "class tree", class_names, dataset_name)
   nodes = list(dict.fromkeys(node for name in class_names for node in tree[name]))
   table = np.array([[node in tree[name] for node in nodes] for name in class_names], np.float64)
   return table / np.linalg.norm(table, axis=1, keepdims=True)
