@@ -11,6 +11,9 @@ ROOT = Path(__file__).parents[1]
 def pytest_configure(config: pytest.Config) -> None:
   """Runs before any test module imports JAX."""
   os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  if config.option.markexpr == "not slow":
+    # Compiling is most of the time that the tests take; what takes minutes is better off with fast programs.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   if config.pluginmanager.has_plugin("cacheprovider"):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

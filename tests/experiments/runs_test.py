@@ -38,6 +38,7 @@ def computed(monkeypatch):
 
   monkeypatch.setattr(job, "run", pretend)
   monkeypatch.setattr(runs.jax, "clear_caches", lambda: None)  # or other tests' programs would be gone
+  monkeypatch.setattr(runs.gc, "collect", lambda: None)  # over all that other tests left: seconds a run
   return names
 
 
