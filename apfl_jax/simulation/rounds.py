@@ -75,11 +75,13 @@ class Scores(NamedTuple):
       client's log label prior added to the logits.
     pooled: int32 [R, C, C], on the pooled test examples.
     verification: float32 [R, 2], see `metrics.verification.rates`; () where nothing is held out.
+    as_own: int32 [R, C, C], on the pooled test examples, read out as own ones are; () where that is `pooled`.
   """
 
   own: Array
   pooled: Array
   verification: Array | tuple[()] = ()
+  as_own: Array | tuple[()] = ()
 
 
 class Simulator(NamedTuple):
@@ -327,7 +329,10 @@ def simulator(
 
     own = training.evaluate(own_answer, federation.store, _at(federation.test, row), num_classes)
     others = training.evaluate(answer, federation.store, pooled, num_classes)
-    return Scores(own.confusion, others.confusion)
+    if prior is None:
+      return Scores(own.confusion, others.confusion)
+    as_own = training.evaluate(own_answer, federation.store, pooled, num_classes)
+    return Scores(own.confusion, others.confusion, as_own=as_own.confusion)
 
   @compiled
   def score_global(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:

@@ -11,7 +11,7 @@ from apfl_jax.training.batches import gather, images_of
 from apfl_jax.training.losses import cross_entropy
 from apfl_jax.types import Array, HeldOut, Prediction, Span, Store
 
-_BATCH = 64
+BATCH = 64  # examples a pass
 
 
 class Evaluation(NamedTuple):
@@ -40,7 +40,7 @@ def evaluate(
   """
 
   def body(i, total):
-    batch = gather(store, span, i * _BATCH + jnp.arange(_BATCH), num_classes)
+    batch = gather(store, span, i * BATCH + jnp.arange(BATCH), num_classes)
     logits = predict(batch.images).logits
     answer = jnp.argmax(logits if classes is None else jnp.where(classes, logits, -jnp.inf), axis=-1)
     counts = confusion(jnp.argmax(batch.targets, axis=-1), answer, batch.mask > 0, num_classes)
@@ -48,13 +48,13 @@ def evaluate(
     return Evaluation(total.confusion + counts, total.loss + loss)
 
   empty = Evaluation(jnp.zeros((num_classes, num_classes), jnp.int32), jnp.zeros(()))
-  return jax.lax.fori_loop(0, (span.size + _BATCH - 1) // _BATCH, body, empty)
+  return jax.lax.fori_loop(0, (span.size + BATCH - 1) // BATCH, body, empty)
 
 
 def verify(predict: Callable[[Array], Prediction], held_out: HeldOut) -> Array:
   """float32 [2]: see `metrics.verification.rates`, of the features of `predict(images [B, ...])`."""
   size = held_out.images.shape[0]
-  batch = max(b for b in range(1, _BATCH + 1) if size % b == 0)
+  batch = max(b for b in range(1, BATCH + 1) if size % b == 0)
   images = held_out.images.reshape(-1, batch, *held_out.images.shape[1:])
   features = jax.lax.map(lambda x: predict(images_of(x)).features, images).reshape(size, -1)
   return verification.rates(*verification.pairs(features, held_out.identity))
