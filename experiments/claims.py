@@ -120,9 +120,9 @@ def front_grid(points_of: Sequence[fronts.Point]) -> tables.Grid:
     best = fronts.front(some)
     for point in sorted(some, key=lambda p: -fronts.mean(p.own)):
       mark = "**" if point in best else ""
-      cells = [f"{mark}{100 * fronts.mean(v):.1f}{mark}" for v in (point.own, point.pooled)]
+      cells = [f"{mark}{100 * fronts.mean(v):.1f}{mark}" for v in (point.own, point.pooled, point.tested)]
       rows.append([method, point.variant, *cells, str(len(point.own))])
-  return tables.Grid(["method", "variant", "own", "pooled", "seeds"], rows)
+  return tables.Grid(["method", "variant", "own", "pooled", "own test examples", "seeds"], rows)
 
 
 def write(root: Path, rows: Sequence[Row], evidence: Evidence, facts: Mapping[str, str]) -> str:

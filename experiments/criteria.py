@@ -513,10 +513,17 @@ def _friend_alone() -> dict[str, Any]:
   return {"ap_fl_interpolation": "fixed", "ap_fl_lambda_base": 0.0, "ap_fl_lambda_head": 0.0}
 
 
-def front_points(evidence: Evidence, few: bool, own: str = "reweighted_accuracy") -> list[fronts.Point]:
-  """Dropped clients' personal models; `own` is `reweighted_accuracy` or `personal_accuracy`, on own test examples."""
+def front_points(evidence: Evidence, few: bool) -> list[fronts.Point]:
+  """Dropped clients' personal models."""
+  read = lambda what, part: values(evidence, what, part, "dropped")
   return [
-    fronts.Point(method, variant, values(evidence, what, own, "dropped"), values(evidence, what, *_POOLED))
+    fronts.Point(
+      method,
+      variant,
+      read(what, "reweighted_accuracy"),
+      values(evidence, what, *_POOLED),
+      read(what, "personal_accuracy"),
+    )
     for what, (method, variant) in _front_variants(few).items()
   ]
 

@@ -7,6 +7,7 @@ of those is compared, seed by seed.
 """
 
 import math
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,12 +25,14 @@ class Point(NamedTuple):
     variant: its settings, in words.
     own: accuracy of the personal models on their clients' mix of classes, in [0, 1].
     pooled: accuracy on all classes alike.
+    tested: own accuracy by the clients' own test examples, which are few; for tables.
   """
 
   method: str
   variant: str
   own: Mapping[int, float]
   pooled: Mapping[int, float]
+  tested: Mapping[int, float] = types.MappingProxyType({})
 
 
 def mean(values: Mapping[int, float]) -> float:
