@@ -162,8 +162,13 @@ def points(value: float | None) -> str:
 def line(
   id: str, claim: str, criterion: str, difference: Paired | None, verdict: str, note: str = "", unit: str = "points"
 ) -> Row:
-  """A row about a difference: in points, or a plain number where `unit` is empty."""
-  shown = points if unit else lambda value: "–" if value is None else f"{value:.3g}"
+  """A row about a difference in points, a share in "%", or a plain number where `unit` is empty."""
+
+  def shown(value: float | None) -> str:
+    if unit == "points" or value is None:
+      return points(value)
+    return f"{100 * value:.1f}" if unit == "%" else f"{value:.3g}"
+
   known = difference is not None and difference.mean is not None
   measured = "" if difference is None or not known else f"{shown(difference.mean)} {unit}".strip()
   interval = ""
@@ -173,6 +178,12 @@ def line(
   if difference is not None and known:
     numbers = difference._asdict() | {"differences": difference.differences.tolist()}
   return Row(id, claim, criterion, f"{measured} {note}".strip(), interval, verdict, numbers)
+
+
+def reported(id: str, claim: str, what: str, measured: Values, unit: str, note: str = "") -> Row:
+  """A row about a number that nothing is asked of."""
+  shown = paired(measured, dict.fromkeys(measured, 0.0))
+  return line(id, claim, what, shown, REPORTED if measured else NOT_MEASURED, note, unit)
 
 
 def least(id: str, claim: str, criterion: str, a: Values, b: Values, threshold: float, note: str = "") -> Row:
@@ -273,7 +284,7 @@ def a4(evidence: Evidence) -> list[Row]:
   forced = _ratio(values(evidence, AP_FL, *_ALL), values(evidence, of("ap_fl", **_NOBODY_AWAY), *_ALL))
   with_forced = paired(forced, dict.fromkeys(forced, 0.0))
   return [
-    line("A4", claim, "all clients: at .6 at least .95 of what it is at 0", whole, decide(whole, 0.95), "of it", ""),
+    line("A4", claim, "all clients: at .6 at least .95 of what it is at 0", whole, decide(whole, 0.95), "of it", "%"),
     line(
       "A4",
       claim,
@@ -281,7 +292,7 @@ def a4(evidence: Evidence) -> list[Row]:
       with_forced,
       decide(with_forced, 0.95),
       "of it",
-      "",
+      "%",
     ),
     least("A4", claim, "that share is larger than FedAvg's", own, theirs, 0.0),
   ]
@@ -489,7 +500,10 @@ _SOURCES = ("class_means", "untrained", "noise", "none")
 
 
 def _front_variants(few: bool) -> dict[Variant, tuple[str, str]]:
-  """(method, its variant in words) of all that the fronts show."""
+  """(method, its variant in words) of all that the fronts show.
+
+  What Ditto makes for a client that never took part is proximal fine-tuning of the global model.
+  """
   found = {}
   for readout in _READOUTS:
     common = readout | (_FEW if few else {})
@@ -585,15 +599,7 @@ def cost(evidence: Evidence) -> list[Row]:
   """The generator's price."""
   flops = ("cost", "generator_flops")
   share = values(evidence, AP_FL, "cost", "generator_share")
-  rows = [
-    line(
-      "C",
-      "the generator's share of a run",
-      "of all FLOPs but evaluation",
-      paired(share, dict.fromkeys(share, 0.0)),
-      REPORTED if share else NOT_MEASURED,
-    )
-  ]
+  rows = [reported("C", "the generator's share of a run", "all FLOPs but evaluation", share, "%")]
   for name, variant in _CHEAP.items():
     own = paired(values(evidence, variant, *_ALL), values(evidence, AP_FL, *_ALL))
     pooled = paired(values(evidence, variant, *_POOLED), values(evidence, AP_FL, *_POOLED))
@@ -643,33 +649,16 @@ def samples(evidence: Evidence) -> list[Row]:
         -0.05,
       ),
     ]
-  trust = values(evidence, _JUDGED["default"], "samples", "trust", "correlation")
-  rows.append(
-    line(
-      "J",
-      "trust foretells the judge",
-      "correlation over classes",
-      paired(trust, dict.fromkeys(trust, 0.0)),
-      REPORTED if trust else NOT_MEASURED,
-      unit="",
-    )
-  )
+  default = _JUDGED["default"]
+  trust = values(evidence, default, "samples", "trust", "correlation")
+  rows.append(reported("J", "trust foretells the judge", "correlation over classes", trust, ""))
   for key, what in (
-    ("closer", "nearer to training than to test images"),
-    ("distance_auc", "attack by distance"),
+    ("closer", "samples nearer to training than to test images"),
+    ("distance_auc", "attack by distance to samples"),
     ("loss_auc", "attack by the global model's loss"),
   ):
-    found = values(evidence, _JUDGED["default"], "privacy", key)
-    rows.append(
-      line(
-        "J",
-        f"gives nothing away: {what}",
-        "one half",
-        paired(found, dict.fromkeys(found, 0.0)),
-        REPORTED if found else NOT_MEASURED,
-        unit="",
-      )
-    )
+    found = values(evidence, default, "privacy", key)
+    rows.append(reported("J", f"gives nothing away: {what}", "nothing is .5", found, ""))
   return rows
 
 
@@ -686,19 +675,8 @@ def harm(evidence: Evidence) -> list[Row]:
       )
       if found["harmed"] is not None and found["worst"] is not None:
         shares[seed], worst_of[seed] = found["harmed"], found["worst"]
-  note = f"; worst client {points(min(worst_of.values()))} points" if worst_of else ""
-  whole = paired(shares, dict.fromkeys(shares, 0.0))
-  verdict = REPORTED if shares else NOT_MEASURED
-  return [
-    line(
-      "H",
-      "synthetic data harm few",
-      "share of clients that lose more than a point by them",
-      whole,
-      verdict,
-      f"of the clients{note}",
-    )
-  ]
+  note = f"of the clients; worst client {points(min(worst_of.values()))} points" if worst_of else ""
+  return [reported("H", "synthetic data harm few", "clients that lose more than a point by them", shares, "%", note)]
 
 
 _SUMMARY = "[unverified figure of a machine-written summary]"
