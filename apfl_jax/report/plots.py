@@ -160,11 +160,10 @@ def fronts(methods: Sequence[Front], xlabel: str, ylabel: str) -> bytes:
     for i, method in enumerate(methods):
       color, marker = _COLORS[i % len(_COLORS)], "osD^vPX<>*"[i % 10]
       x, y, best = 100 * np.asarray(method.x), 100 * np.asarray(method.y), np.asarray(method.best, bool)
-      order = np.argsort(x[best])
+      order, style = np.argsort(x[best]), ("-", "--", ":")[i // len(_COLORS) % 3]
       axes.plot(x[~best], y[~best], marker, color=color, ms=4, alpha=0.35)
-      axes.plot(
-        x[best][order], y[best][order], marker=marker, color=color, ms=6, mec="white", lw=1.5, label=method.name
-      )
+      look: dict[str, Any] = {"marker": marker, "color": color, "ms": 6, "lw": 1.5}
+      axes.plot(x[best][order], y[best][order], style, label=method.name, **look)
     axes.set(xlabel=f"{xlabel} (%)", ylabel=f"{ylabel} (%)")
     axes.grid()
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9)
@@ -400,7 +399,8 @@ def _trust(figure: Figure, run: Run) -> bool:
     if some.any():
       axes.plot(100 * trust[some], 100 * agreement[some], "o", color=color, label=label, clip_on=False)
   if trust.size <= _LABELLED:
-    for c, name in enumerate(run.class_names):
+    for c in np.flatnonzero(seen):  # the others would lie upon each other: they are not trusted
+      name = run.class_names[c] if c < len(run.class_names) else str(c)
       axes.annotate(name, (100 * trust[c], 100 * agreement[c]), (4, 3), textcoords="offset points", fontsize=8)
   axes.set(xlabel="trust (%)", ylabel="samples that the judge agrees on (%)", xlim=(-2, 102), ylim=(-2, 102))
   axes.grid()

@@ -56,7 +56,7 @@ def test_trust_is_drawn_against_the_judge_class_by_class(ap_fl):
   for line, some, color in zip(axes.lines[1:], (seen, ~seen), (plots.PRESENT, plots.DROPPED), strict=True):
     np.testing.assert_allclose(line.get_xydata() / 100, np.stack([trust, agreement], 1)[some])
     assert line.get_color() == color
-  assert len(axes.texts) == len(trust)
+  assert len(axes.texts) == seen.sum()
 
 
 def test_a_front_is_a_line_through_its_best_points():
