@@ -519,7 +519,7 @@ def _summary(
     "planned_memory_bytes": result.plan.host if result.plan.shared else result.plan.device,
     "device": f"{devices} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
     "versions": versions(),
-    "commit": _commit(),
+    "commit": commit(),
     "finished": True,
   }
 
@@ -549,7 +549,7 @@ def versions() -> dict[str, str]:
   return {"apfl_jax": apfl_jax.__version__, "python": platform.python_version(), **found}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
   """The commit of the checkout that runs, with a + if it was changed; None outside one."""
   here = Path(__file__).parent
   git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout

@@ -91,8 +91,8 @@ class Simulator(NamedTuple):
     schedule: (presence, seed, settings, round, rounds <= chunk) -> (presence, ids int32 [chunk, K], ok [chunk, K]), the
       cohorts of the coming rounds; `presence` is the state of the population process before and after them.
     score_global: (state, inputs, rows [R], ok [R]) -> Scores of the global model, `pooled` left at zeros.
-    score_pooled: (state, inputs, classes bool [C]) -> int32 [C, C], the global model on the pooled test examples,
-      answering with one of these classes only.
+    score_pooled: (state, inputs, classes bool [C]) -> float32 [C, C], the global model on the pooled test examples,
+      answering with one of these classes only, ties shared out.
     score_personal: (state, inputs, rows [R], ok [R], classes bool [C] or None) -> Scores of the personal models, which
       are made and dropped. `classes` are those that clients present hold; only the softmax mask `present` needs them.
     present: (state of the population process, seed, settings, round) -> bool [N] by id, who is there; for scoring.

@@ -49,6 +49,7 @@ def ap_fl(
   lambda_variation: Weight = 1.0,
   mask_softmax: bool = True,
   answer_unseen: bool = False,
+  unseen_gate: Share = 0.55,
   friend_steps: Count = 100,
   beta: Share = 0.5,
   synthetic_examples: Annotated[int, Limits(least=1)] = 512,
@@ -75,6 +76,7 @@ def ap_fl(
     lambda_variation: weight of total variation beyond .16.
     mask_softmax: softmax in clients' training only over classes seen so far and the client's own (2.4).
     answer_unseen: whether models answer with classes that nobody taught, by their anchored logits (2.7 a).
+    unseen_gate: of the table.
     friend_steps: how many of the personal steps train the friend model; the rest train the local model.
     beta: share of the synthetic loss in the friend's.
     synthetic_examples: synthetic images a client trains its friend on; a quarter more is held out to choose lambdas.

@@ -1,0 +1,113 @@
+"""The zero-shot board: bases on the fast task, scores on a made world, the table on made rows."""
+
+import numpy as np
+import pytest
+
+from apfl_jax import data, semantics
+from apfl_jax.errors import InputError
+from experiments import zero_shot
+from experiments.config import Config
+
+SMALL = {
+  "algorithm": "ap_fl",
+  "head": "free",
+  "embeddings": "onehot",
+  "dataset": "fast",
+  "model": "mlp",
+  "num_clients": 5,
+  "partition": "iid",
+  "min_size": 4,
+  "monopolistic_classes": 2,
+  "rounds": 3,
+  "local_steps": 3,
+  "pooled_examples": 40,
+}
+SETTINGS = {"generator_steps": 1, "generator_batch": 10, "generator_warmup": 0.1, "friend_steps": 0}
+
+
+def make(seed, **changed):
+  return Config(seed=seed, settings=SETTINGS, **SMALL | changed)
+
+
+def test_sets_differ_and_features_are_of_clients_that_take_part(tmp_path, monkeypatch):
+  found = list(zero_shot.bases(tmp_path, "s1", zero_shot.plan(2, 0, make)))
+  assert len({name for name, _, _ in found}) == 2
+  for _, ready, base in found:
+    assert base.seen.sum() == 2
+    federation = ready.federation
+    here = np.flatnonzero(~ready.gone)
+    spans = [slice(federation.train.start[i], federation.train.start[i] + federation.train.size[i]) for i in here]
+    held = np.concatenate([federation.store.labels[federation.store.index[span]] for span in spans])
+    assert set(held) == set(np.flatnonzero(base.seen))
+    assert (base.means[~base.seen] == 0).all() and (base.means[base.seen].max(1) > 0).all()
+    assert base.synthetic.shape == base.real.shape and np.isfinite(base.synthetic).all()
+    np.testing.assert_array_equal(np.bincount(base.test_labels), [10, 10, 10, 10])
+    # The head's answers are those of a model that learnt the seen classes, and real examples lie around their means.
+    mine = base.seen[base.test_labels]
+    known = np.where(base.seen, base.test_logits, -np.inf)[mine].argmax(1)
+    assert (known == base.test_labels[mine]).mean() > 0.7
+    assert np.abs(base.real[base.seen].mean(1) - base.means[base.seen]).max() < np.abs(base.means).max()
+
+  def never(*_):
+    raise AssertionError
+
+  monkeypatch.setattr(zero_shot, "train", never)
+  again = zero_shot.bases(tmp_path, "s1", zero_shot.plan(2, 0, make))
+  for (_, _, before), (_, _, after) in zip(found, again, strict=True):
+    for name in zero_shot.Base._fields:
+      np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
+  with pytest.raises(InputError, match="other settings"):
+    list(zero_shot.bases(tmp_path, "s1", zero_shot.plan(1, 0, lambda seed: make(seed, rounds=4))))
+
+
+def test_more_sets_than_there_are_is_refused():
+  with pytest.raises(InputError, match="triples: got 7, but .* 6 sets"):
+    list(zero_shot.plan(7, 0, make))
+
+
+def world(unseen=(0, 3, 7), num_classes=10, noise=0.2):
+  """A base whose features follow the attributes of Fashion-MNIST."""
+  rng = np.random.default_rng(1)
+  names = tuple(semantics.ATTRIBUTES["fashion_mnist"])
+  table = semantics.embeddings("attributes", names, "fashion_mnist", rng=rng)
+  means = table @ rng.normal(size=(table.shape[1], 24)) + 1
+  labels = np.repeat(np.arange(num_classes), 20)
+  around = lambda n: (means[:, None] + noise * rng.normal(size=(num_classes, n, 24))).astype(np.float32)
+  seen = ~np.isin(np.arange(num_classes), unseen)
+  test = around(20).reshape(-1, 24)
+  logits = -np.linalg.norm(test[:, None] - means, axis=-1).astype(np.float32)
+  given = np.where(seen[:, None], means, 0).astype(np.float32)
+  base = zero_shot.Base(seen, given, around(30), around(30) + 0.1, test, logits, labels.astype(np.int32))
+  return base, data.Dataset("fashion_mnist", *[np.zeros(0)] * 4, names)
+
+
+def test_tables_that_say_something_beat_those_that_do_not():
+  base, dataset = world()
+  rows = zero_shot.board({4: base}, ["onehot", "random", "attributes"], ["s1", "s2"], dataset, 3)
+  assert len(rows) == 2 * (1 + 3 + 1)
+  by = {(row["tier"], row["embeddings"], row["draw"]): row for row in rows}
+  for tier in ("s1", "s2"):
+    best, control = by[tier, "attributes", 0], by[tier, "onehot", 0]
+    assert best["restricted_accuracy"] > 0.8 and best["harmonic_mean"] > 0.5
+    assert best["seen_accuracy"] == pytest.approx(0.8 * best["seen_accuracy_without"], abs=0.12)
+    assert control["restricted_accuracy"] == pytest.approx(1 / 3, abs=1e-6)
+    assert best["trust"] > 0.3 and control["trust"] == pytest.approx(0, abs=1e-3)
+  with_rows = zero_shot.summed(rows, gate=0.5)
+  entry = next(e for e in with_rows if (e["tier"], e["embeddings"]) == ("s2", "attributes"))
+  random = np.mean([by["s2", "random", draw]["restricted_accuracy"] for draw in range(3)])
+  ahead = entry["restricted_accuracy less random"]
+  assert ahead["mean"] == pytest.approx(by["s2", "attributes", 0]["restricted_accuracy"] - random)
+  assert entry["passes"] == 1.0
+
+
+def test_the_board_is_a_table_with_errors_over_sets():
+  base = {name: 0.5 for name in (*zero_shot._COLUMNS, "seen_accuracy_without", "shift", "trust")}
+  rows = [
+    base | {"seed": seed, "tier": "s2", "embeddings": kind, "draw": 0, "restricted_accuracy": r, "table_accuracy": r}
+    for seed, kind, r in [(0, "onehot", 1 / 3), (1, "onehot", 1 / 3), (0, "attributes", 0.5), (1, "attributes", 0.7)]
+  ]
+  grid = zero_shot.grid(zero_shot.summed(rows, gate=0.55))
+  lines = {row[0]: row[1:] for row in grid.rows}
+  assert list(lines) == ["tier s2", "onehot", "attributes"]
+  assert lines["attributes"][0] == "60.0 ± 10.0" and lines["attributes"][5] == "50"
+  assert lines["attributes"][6] == "+26.7 (2 of 2)" and lines["onehot"][6] == "–"
