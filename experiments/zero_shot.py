@@ -177,7 +177,7 @@ def _judge(table: jax.Array, means: jax.Array, examples: jax.Array, base: Base, 
   found = unseen.prototypes(table, means, seen, penalty)
   accuracy = unseen.table_accuracy(table, examples, seen, penalty)
   raw = unseen.cosine_scores(examples, found)
-  reading = unseen.read(raw, seen, found, unseen.table_trust(accuracy), keep)
+  reading = unseen.read(raw, seen, found, accuracy, unseen.Settings("prototypes", 0.0, keep, penalty))
   scores = unseen.cosine_scores(base.test, found) / reading.unit
   everything = jnp.ones_like(seen)
 
@@ -307,9 +307,9 @@ def _markdown(summary: list[dict[str, Any]], facts: dict[str, str]) -> str:
   chance = 100 / int(facts["unseen classes"])
   text = (
     "In percent, mean over sets of unseen classes ± standard error. Restricted: told that it is one of them, ties "
-    f"shared out (chance {chance:.1f}); seen, unseen: mean recall when all classes can be answered, with the shift that "
-    "keeps .8 of the seen accuracy; unshifted: their harmonic mean at shift 0. Passes the gate: share of sets on which "
-    "the table would be trusted. Differences in pairs, with the number of sets on which the table is ahead. "
+    f"shared out (chance {chance:.1f}); seen, unseen: mean recall when all classes can be answered, with the shift "
+    "that keeps .8 of the seen accuracy; unshifted: their harmonic mean at shift 0. Passes the gate: share of sets on "
+    "which the table would be trusted. Differences in pairs, with the number of sets on which the table is ahead. "
     "`attributes` and `hierarchy` are what people know of the images: no baseline has that."
   )
   listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())

@@ -18,9 +18,11 @@ RNG = np.random.default_rng(0)
 TABLE = semantics.normalise(RNG.normal(size=(CLASSES, SIZE)))
 MEANS = RNG.normal(size=(CLASSES, FEATURES)).astype(np.float32)
 
+SETTINGS = unseen.Settings("prototypes", gate=0.55, keep=0.8, penalty=PENALTY)
+
 fit = jax.jit(unseen.prototypes)
 table_accuracy = jax.jit(unseen.table_accuracy)
-read = jax.jit(unseen.read)
+read = jax.jit(lambda raw, seen, source, accuracy: unseen.read(raw, seen, source, accuracy, SETTINGS))
 stacking = jax.jit(unseen.stacking)
 
 
@@ -65,7 +67,7 @@ def test_with_hardly_anything_seen_it_stays_finite(number):
   examples = jnp.asarray(RNG.normal(size=(CLASSES, 3, FEATURES)), jnp.float32)
   found = fit(TABLE, MEANS, seen, PENALTY)
   scores = unseen.cosine_scores(examples, found)
-  reading = read(scores, seen, found, 0.0, 0.8)
+  reading = read(scores, seen, found, 0.0)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(reading))
   assert float(table_accuracy(TABLE, examples, seen, PENALTY)) == pytest.approx(1 / 3)
 

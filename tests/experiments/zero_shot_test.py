@@ -101,7 +101,7 @@ def test_tables_that_say_something_beat_those_that_do_not():
 
 
 def test_the_board_is_a_table_with_errors_over_sets():
-  base = {name: 0.5 for name in (*zero_shot._COLUMNS, "seen_accuracy_without", "shift", "trust")}
+  base = dict.fromkeys((*zero_shot._COLUMNS, "seen_accuracy_without", "shift", "trust"), 0.5)
   rows = [
     base | {"seed": seed, "tier": "s2", "embeddings": kind, "draw": 0, "restricted_accuracy": r, "table_accuracy": r}
     for seed, kind, r in [(0, "onehot", 1 / 3), (1, "onehot", 1 / 3), (0, "attributes", 0.5), (1, "attributes", 0.7)]

@@ -11,6 +11,7 @@ between the best and the second best seen class, so that shifts of different kin
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,12 +19,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from apfl_jax import training
 from apfl_jax.metrics import shared_answers
-from apfl_jax.types import Array, Model, PyTree
+from apfl_jax.types import Array, Data, Model, Prediction, PyTree, Task
 
+KINDS = ("none", "anchored", "prototypes", "generator_head")
 _TRIPLES = 300  # of classes, left out together; all of them up to 13 classes
 _LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
+_HEAD_STEPS = 100  # of head-only training
+_BLOCK = 64  # validation examples by which a client chooses its shift
 _NEVER = -1e6  # a shift with which no unseen class is ever answered
+
+
+class Settings(NamedTuple):
+  """Those settings of `ap_fl` that concern unseen classes; they are explained there."""
+
+  kind: str
+  gate: Array | float
+  keep: Array | float
+  penalty: Array | float
 
 
 class Prototypes(NamedTuple):
@@ -46,12 +60,14 @@ class Reading(NamedTuple):
     unit: float32 [], the mean gap between the best and the second best seen class, in raw scores.
     shift: float32 [], in units: an unseen class is answered where it falls short of the best seen one by less.
     trust: float32 [] in [0, 1], of the table of classes.
+    trusted: bool [], whether unseen classes are answered at all.
   """
 
   source: PyTree
   unit: Array
   shift: Array
   trust: Array
+  trusted: Array
 
 
 def prototypes(embeddings: Array, means: Array, seen: Array, penalty: Array | float) -> Prototypes:
@@ -109,8 +125,8 @@ def stacking(scores: Array, right: Array, seen: Array, keep: Array | float) -> A
 
   An example stays right as long as the best seen class leads the best unseen one by more than the shift. The answer
   lies midway between the leads of the last example that is kept and the first one that is not; where all are kept, one
-  unit below the smallest lead. It needs no example of unseen classes. Differs from method 8.1: `keep` is a share of what
-  is right without unseen answers, not of what is right at shift 0 [O].
+  unit below the smallest lead. It needs no example of unseen classes. Differs from method 8.1: `keep` is a share of
+  what is right without unseen answers, not of what is right at shift 0 [O].
 
   Args:
     scores: float32 [M, C], in units.
@@ -167,22 +183,23 @@ def table_trust(accuracy: Array) -> Array:
   return jnp.maximum(0.0, (accuracy - 1.0 / 3.0) / (2.0 / 3.0))
 
 
-def read(raw: Array, seen: Array, source: PyTree, trust: Array, keep: Array | float) -> Reading:
+def read(raw: Array, seen: Array, source: PyTree, accuracy: Array, settings: Settings) -> Reading:
   """Unit and shift from examples of seen classes.
 
   Args:
     raw: float32 [C, n, C], the scores of n examples of each class; rows of unseen classes mean nothing.
     seen: bool [C].
     source: see `Reading`.
-    trust: [], of the table.
-    keep: see `stacking`.
+    accuracy: [], of the table, see `table_accuracy`.
+    settings: the gate and the share to keep.
   """
   label = jnp.repeat(jnp.arange(len(seen)), raw.shape[1])
   raw = raw.reshape(-1, len(seen))
   mask = seen[label]
   unit = gap(raw, mask, seen)
   right = mask & (jnp.argmax(jnp.where(seen, raw, -jnp.inf), axis=-1) == label)
-  return Reading(source, unit, stacking(raw / unit, right, seen, keep), trust)
+  shift = stacking(raw / unit, right, seen, settings.keep)
+  return Reading(source, unit, shift, table_trust(accuracy), accuracy >= settings.gate)
 
 
 def head_on_samples(model: Model, head: PyTree, features: Array, steps: int) -> PyTree:
@@ -224,3 +241,76 @@ def answer(logits: Array, scores: Array, seen: Array, shift: Array, trusted: Arr
   best = lambda x: jnp.max(jnp.where(seen, x, -jnp.inf), axis=-1, keepdims=True)
   placed = best(logits) + scores - best(scores) + shift
   return jnp.where(seen, logits, jnp.where(trusted, placed, placed - _LEFT_OUT))
+
+
+# --- in AP-FL ---------------------------------------------------------------------------------------------------------
+
+
+def fit(task: Task, settings: Settings, head: PyTree, features: Array, means: Array, seen: Array) -> Reading:
+  """What the server learns of unseen classes from its global model, without any example of them.
+
+  Args:
+    task: the task; kinds 'anchored' and 'generator_head' need an anchored head.
+    settings: see `Settings`.
+    head: the global model's.
+    features: float32 [C, n, F], under its base: of synthetic samples, or drawn around real means. Rows of unseen
+      classes are read by the kind 'generator_head' alone.
+    means: float32 [C, F], mean features of seen classes.
+    seen: bool [C].
+  """
+  accuracy = table_accuracy(task.embeddings, features, seen, settings.penalty)
+  if settings.kind == "prototypes":
+    source: PyTree = prototypes(task.embeddings, means, seen, settings.penalty)
+    raw = cosine_scores(features, source)
+  elif settings.kind == "generator_head":
+    # The shift is chosen on samples that the head was not trained on.
+    source = head_on_samples(task.model, head, features[:, ::2], _HEAD_STEPS)
+    raw = task.model.head(source, features[:, 1::2])
+  else:
+    source, raw = (), task.model.head(head, features)
+  return read(raw, seen, source, accuracy, settings)
+
+
+def nothing_read(task: Task, settings: Settings, head: PyTree, size: int) -> Reading:
+  """A reading of the right shapes that answers with no unseen class, `size` being F."""
+  blank = jnp.zeros((task.num_classes, 2, size))
+  shapes = jax.eval_shape(
+    lambda *x: fit(task, settings, *x, jnp.zeros(task.num_classes, bool)), head, blank, blank[:, 0]
+  )
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(unit=jnp.ones(()))
+
+
+def placed(model: Model, reading: Reading, prediction: Prediction, seen: Array) -> Prediction:
+  """A model's prediction with unseen classes where the reading puts them, see `answer`."""
+  scores = _raw(model, reading, prediction) / reading.unit
+  return prediction._replace(logits=answer(prediction.logits, scores, seen, reading.shift, reading.trusted))
+
+
+def for_client(
+  model: Model, reading: Reading, predict: Callable[[Array], Prediction], data: Data, classes: Array
+) -> Reading:
+  """The reading of a client's personal model: no validation example of its own may be lost to an unseen class.
+
+  The server's shift would cost the client up to a fifth of its own accuracy for classes that it may never meet. So the
+  shift is lowered until none of the first 64 validation examples that the model has right is lost, and by one unit
+  more; without validation examples no unseen class is answered.
+
+  Args:
+    model: the classifier.
+    reading: the server's.
+    predict: images -> the personal model's prediction.
+    data: the client's.
+    classes: bool [C], seen ones and the client's own.
+  """
+  batch = training.gather(data.store, data.validation, jnp.arange(_BLOCK), len(classes))
+  prediction = predict(batch.images)
+  scores = _raw(model, reading, prediction) / reading.unit
+  answered = jnp.argmax(jnp.where(classes, prediction.logits, -jnp.inf), axis=-1)
+  right = (batch.mask > 0) & (answered == jnp.argmax(batch.targets, axis=-1))
+  return reading._replace(shift=jnp.minimum(reading.shift, stacking(scores, right, classes, 1.0)))
+
+
+def _raw(model: Model, reading: Reading, prediction: Prediction) -> Array:
+  if isinstance(reading.source, Prototypes):
+    return cosine_scores(prediction.features, reading.source)
+  return model.head(reading.source, prediction.features) if reading.source else prediction.logits
