@@ -2,10 +2,10 @@
 `python -m experiments.zero_shot --output=DIR --dataset=fashion_mnist --data_dir=DATA --triples=10`.
 
 Some classes (three by default) are held by clients alone that never take part. A federation of the others trains one
-global model a triple, and the server's generator from it, with a free head and one-hot embeddings: neither reads a
-table, so all tables are scored on the same features (`apfl_jax/algorithms/ap_fl/unseen.py`; method 2.7, 8.1). Where a
-server has its statistics from is the tier: `s0` and `s1` synthetic samples (of generators without and with layer
-statistics), `s2` real examples of the clients that take part.
+global model a triple, with a free head and one-hot embeddings: it reads no table, so all tables are scored on the same
+features (`apfl_jax/algorithms/ap_fl/unseen.py`; method 2.7, 8.1). What the server has of the seen classes is the tier:
+samples of its generator under `s0` and `s1`, class means and variances of the clients' features under `s2`, with no
+generator at all. The same global model results, as no tier touches the rounds.
 
 `onehot` and `random` are the controls. All other tables are prior knowledge, `attributes` and `hierarchy` of people who
 know the images; no baseline has it. Defaults were chosen on triples of other seeds (`--first_seed`) than those shown.
@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from apfl_jax import algorithms, data, metrics, random, semantics, training
+from apfl_jax import data, metrics, random, semantics, training
+from apfl_jax.algorithms import ap_fl_package as ap_fl
 from apfl_jax.algorithms.ap_fl import unseen
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
@@ -38,8 +39,7 @@ from apfl_jax.types import PyTree
 from experiments import config, job
 from experiments.config import Config
 
-_FOLDERS = {"s0": ("s0",), "s1": ("s1", "s2")}  # which tiers are scored on one training
-TIERS = tuple(tier for tiers in _FOLDERS.values() for tier in tiers)
+TIERS = ("s0", "s1", "s2")
 _GIVEN = ("algorithm", "head", "embeddings", "seed", "workdir", "monopolistic_classes")  # the board decides
 _CONTROLS = ("onehot", "random")
 _EXAMPLES = 30  # of each class that a server judges a table and chooses a shift by
@@ -51,9 +51,9 @@ class Base(NamedTuple):
 
   Attributes:
     seen: bool [C], held by a client that takes part.
-    means: float32 [C, F], of the training examples of those clients.
-    real: float32 [C, n, F], of their validation examples, repeated where there are fewer than n.
-    synthetic: float32 [C, n, F], of generated samples.
+    means: float32 [C, F], of the seen classes, as the server knows them.
+    examples: float32 [C, n, F], by which it judges tables and chooses shifts: of generated samples, or drawn around
+      real means.
     test: float32 [P, F], of the pooled test examples.
     test_logits: float32 [P, C], the head's.
     test_labels: int32 [P].
@@ -61,8 +61,7 @@ class Base(NamedTuple):
 
   seen: np.ndarray
   means: np.ndarray
-  real: np.ndarray
-  synthetic: np.ndarray
+  examples: np.ndarray
   test: np.ndarray
   test_logits: np.ndarray
   test_labels: np.ndarray
@@ -115,39 +114,27 @@ def train(ready: job.Job, simulator: Any) -> Base:
 def _features(ready: job.Job, server: PyTree) -> Base:
   task = ready.task(ready.inputs.settings)
   predict = jax.jit(functools.partial(training.predict, task.model))
-  federation, num_classes = ready.federation, task.num_classes
-  store, index = federation.store, np.asarray(federation.store.index)
+  store, num_classes = ready.federation.store, task.num_classes
 
   def features(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features and logits of images in [0, 1], in blocks of one shape."""
-    padded = np.resize(np.asarray(images), (-(-len(images) // _BLOCK) * _BLOCK, *images.shape[1:]))
+    padded = np.resize(images, (-(-len(images) // _BLOCK) * _BLOCK, *images.shape[1:]))
     found = [predict(server.params, padded[i : i + _BLOCK]) for i in range(0, len(padded), _BLOCK)]
-    return tuple(np.concatenate([np.asarray(f[n]) for f in found])[: len(images)] for n in (1, 0))  # type: ignore
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *found)
+    return joined.features, joined.logits
 
-  def examples(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    found, logits = features(np.asarray(store.images)[index[places]] / np.float32(255))
-    return found, logits, np.asarray(store.labels)[index[places]]
-
-  def of_clients(part: str) -> np.ndarray:
-    span = getattr(federation, part)
-    spans = zip(np.asarray(span.start), np.asarray(span.size), ready.gone, strict=True)
-    return np.concatenate([np.arange(start, start + size) for start, size, gone in spans if not gone])
-
-  taught, _, labels = examples(of_clients("train"))
-  means = np.stack([taught[labels == c].mean(0) if (labels == c).any() else 0 * taught[0] for c in range(num_classes)])
-  held, _, held_labels = examples(of_clients("validation"))
-  real = []
-  for c in range(num_classes):
-    own = held[held_labels == c] if (held_labels == c).any() else taught[labels == c]
-    real.append(np.resize(own, (_EXAMPLES, held.shape[1])) if len(own) else np.zeros((_EXAMPLES, held.shape[1])))
-  sample = algorithms.METHODS["ap_fl"].samples
-  assert sample is not None
   key = random.key(ready.config.seed, random.Purpose.REPORT)
-  images = np.asarray(jax.jit(lambda server: sample(task, server, key, _EXAMPLES))(server))
-  synthetic = features(images.reshape(-1, *images.shape[2:]))[0].reshape(num_classes, _EXAMPLES, -1)
-  start, size = int(ready.inputs.pooled.start), int(ready.inputs.pooled.size)
-  test, logits, test_labels = examples(np.arange(start, start + size))
-  return Base(_seen(ready), means, np.stack(real).astype(np.float32), synthetic, test, logits, test_labels)
+  if isinstance(server.statistics.classes, ap_fl.ByClass):
+    real = server.statistics.classes.mean.features
+    means, examples = np.asarray(real.mean), np.asarray(unseen.around(real.mean, real.square, _EXAMPLES, key))
+  else:
+    images = np.asarray(ap_fl.samples(task, server, key, _EXAMPLES))
+    examples = features(images.reshape(-1, *images.shape[2:]))[0].reshape(num_classes, _EXAMPLES, -1)
+    means = examples.mean(1)
+  span = ready.inputs.pooled
+  pooled = np.asarray(store.index)[int(span.start) : int(span.start) + int(span.size)]
+  test, logits = features(np.asarray(store.images)[pooled] / np.float32(255))
+  return Base(_seen(ready), means, examples, test, logits, np.asarray(store.labels)[pooled])
 
 
 def kept(path: Path, ready: job.Job, simulator: Any) -> Base:
@@ -172,11 +159,11 @@ def kept(path: Path, ready: job.Job, simulator: Any) -> Base:
 
 
 @jax.jit
-def _judge(table: jax.Array, means: jax.Array, examples: jax.Array, base: Base, penalty: float, keep: float) -> Any:
-  seen = base.seen
-  found = unseen.prototypes(table, means, seen, penalty)
-  accuracy = unseen.table_accuracy(table, examples, seen, penalty)
-  raw = unseen.cosine_scores(examples, found)
+def _judge(table: jax.Array, base: Base, penalty: float, keep: float) -> Any:
+  seen: Any = base.seen
+  found = unseen.prototypes(table, jnp.asarray(base.means), seen, penalty)
+  accuracy = unseen.table_accuracy(table, jnp.asarray(base.examples), seen, penalty)
+  raw = unseen.cosine_scores(jnp.asarray(base.examples), found)
   reading = unseen.read(raw, seen, found, accuracy, unseen.Settings("prototypes", 0.0, keep, penalty))
   scores = unseen.cosine_scores(base.test, found) / reading.unit
   everything = jnp.ones_like(seen)
@@ -196,20 +183,16 @@ def _judge(table: jax.Array, means: jax.Array, examples: jax.Array, base: Base, 
   }
 
 
-def score(base: Base, table: np.ndarray, tier: str, *, penalty: float = 0.3, keep: float = 0.8) -> dict[str, float]:
+def score(base: Base, table: np.ndarray, *, penalty: float = 0.3, keep: float = 0.8) -> dict[str, float]:
   """How a table does on one triple: measures of `metrics.unseen`, and what the server thinks of it.
 
   Args:
     base: the triple's features.
     table: float32 [C, D].
-    tier: where the means come from, one of `TIERS`.
     penalty: of the ridge.
     keep: share of the seen accuracy that the shift keeps.
   """
-  real = tier == "s2"
-  means = base.means if real else base.synthetic.mean(1)
-  examples = base.real if real else base.synthetic
-  found = jax.tree.map(np.asarray, _judge(table, means, examples, base, penalty, keep))
+  found = jax.tree.map(np.asarray, _judge(table, base, penalty, keep))
   classes = np.flatnonzero(~base.seen).tolist()
   measured = metrics.unseen(found["plain"], found["restricted"], classes)
   del measured["classes"]
@@ -224,18 +207,15 @@ def score(base: Base, table: np.ndarray, tier: str, *, penalty: float = 0.3, kee
 
 
 def board(
-  bases: dict[int, Base], kinds: Sequence[str], tiers: Sequence[str], dataset: data.Dataset, random_tables: int
+  base: Base, kinds: Sequence[str], dataset: data.Dataset, *, seed: int, random_tables: int
 ) -> list[dict[str, Any]]:
-  """A row for each triple, tier and table."""
+  """A row for each table, of one triple."""
   rows = []
-  for seed, base in bases.items():
-    for kind in kinds:
-      for draw in range(random_tables if kind == "random" else 1):
-        rng = np.random.default_rng([seed, draw, int(random.Purpose.EMBEDDINGS)])
-        table = semantics.embeddings(kind, dataset.class_names, dataset.name, rng=rng)
-        for tier in tiers:
-          found = score(base, table, tier)
-          rows.append({"seed": seed, "tier": tier, "embeddings": kind, "draw": draw, **found})
+  for kind in kinds:
+    for draw in range(random_tables if kind == "random" else 1):
+      rng = np.random.default_rng([seed, draw, int(random.Purpose.EMBEDDINGS)])
+      table = semantics.embeddings(kind, dataset.class_names, dataset.name, rng=rng)
+      rows.append({"embeddings": kind, "draw": draw, **score(base, table)})
   return rows
 
 
@@ -317,7 +297,7 @@ def _markdown(summary: list[dict[str, Any]], facts: dict[str, str]) -> str:
 
 
 def bases(
-  root: Path, folder: str, jobs: Iterable[tuple[job.Job, tuple[int, ...]]]
+  root: Path, tier: str, jobs: Iterable[tuple[job.Job, tuple[int, ...]]]
 ) -> Iterator[tuple[str, job.Job, Base]]:
   """The sets' names, jobs and bases, those that are not in files trained by one compiled program."""
   simulator = None
@@ -325,8 +305,8 @@ def bases(
     simulator = simulator or ready.simulator
     name = ", ".join(ready.dataset.class_names[c] for c in classes)
     start = time.perf_counter()
-    base = kept(root / f"{folder}-{ready.config.seed}.npz", ready, simulator)
-    print(f"{folder} {ready.config.seed}: {name}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    base = kept(root / f"{tier}-{ready.config.seed}.npz", ready, simulator)
+    print(f"{tier} {ready.config.seed}: {name}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     yield name, ready, base
 
 
@@ -346,7 +326,7 @@ def main(arguments: Sequence[str]) -> None:
   rows: list[dict[str, Any]] = []
   sets: dict[str, None] = {}
 
-  def make(seed: int, folder: str) -> Config:
+  def make(seed: int, tier: str) -> Config:
     made = config.from_flags(
       algorithm="ap_fl",
       head="free",
@@ -355,19 +335,19 @@ def main(arguments: Sequence[str]) -> None:
       workdir=str(root),
       monopolistic_classes=asked.unseen_classes,
     )
-    return dataclasses.replace(made, settings=made.settings | {"layer_statistics": folder == "s1"})
+    source = {"source": "none"} if tier == "s2" else {}
+    return dataclasses.replace(made, settings=made.settings | {"tier": tier} | source)
 
-  for folder, of_folder in _FOLDERS.items():
-    wanted = [tier for tier in tiers if tier in of_folder]
-    if wanted:
-      jobs = plan(asked.triples, asked.first_seed, functools.partial(make, folder=folder))
-      for name, ready, base in bases(root, folder, jobs):
-        sets[name] = None
-        dataset = ready.dataset
-        rows += board({ready.config.seed: base}, kinds, wanted, dataset, asked.random_tables)
+  for tier in tiers:
+    for name, ready, base in bases(
+      root, tier, plan(asked.triples, asked.first_seed, functools.partial(make, tier=tier))
+    ):
+      sets[name], dataset, seed = None, ready.dataset, ready.config.seed
+      found = board(base, kinds, dataset, seed=seed, random_tables=asked.random_tables)
+      rows += [{"seed": seed, "tier": tier, **row} for row in found]
   usual = Config(algorithm="ap_fl").lines()
-  changed = [line for line in make(0, "s1").lines() if line not in usual]
-  left_out = tuple(f"--{name}=" for name in (*_GIVEN, "data_dir", "progress"))
+  changed = [line for line in make(0, tiers[0]).lines() if line not in usual]
+  left_out = tuple(f"--{name}=" for name in (*_GIVEN, "ap_fl_tier", "ap_fl_source", "data_dir", "progress"))
   facts = {
     "dataset": dataset.name,
     "unseen classes": str(asked.unseen_classes),

@@ -1,5 +1,6 @@
 """Unseen classes: each part against NumPy, and the traps of method 8.1."""
 
+import functools
 import itertools
 
 import jax
@@ -7,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apfl_jax import nn, semantics
+from apfl_jax import algorithms, nn, population, semantics, simulation, training
 from apfl_jax.algorithms.ap_fl import unseen
+from apfl_jax.errors import InputError
 from apfl_jax.metrics import shared_answers
+from apfl_jax.types import Data, LocalSGD, Task
+from tests import tasks
 
 CLASSES, SIZE, FEATURES = 7, 4, 6
 SEEN = np.array([True, False, True, True, False, True, True])
@@ -208,3 +212,124 @@ def test_one_hot_prototypes_of_unseen_classes_all_tie():
   np.testing.assert_array_equal(found.direction[6:], 0)
   scores = unseen.cosine_scores(examples.reshape(-1, 16), found)
   np.testing.assert_allclose(shared_answers(scores, ~seen)[:, 6:], 1 / 3, atol=1e-6)
+
+
+# --- in AP-FL ---------------------------------------------------------------------------------------------------------
+
+
+def test_features_drawn_around_means_have_their_moments_and_are_not_negative():
+  mean = np.array([[3.0, 0.0, 5.0], [4.0, 6.0, 2.0]])
+  square = mean**2 + np.array([[0.5, 0.0, 1.0], [0.2, 2.0, 0.1]]) ** 2
+  drawn = unseen.around(jnp.asarray(mean), jnp.asarray(square), 4000, jax.random.key(0))
+  np.testing.assert_allclose(drawn.mean(1), mean, atol=0.1)
+  np.testing.assert_allclose((drawn**2).mean(1), square, rtol=0.05, atol=0.01)
+  assert float(unseen.around(jnp.zeros((1, 2)), jnp.ones((1, 2)), 50, jax.random.key(1)).min()) == 0.0
+
+
+LOST = 3  # the class of `fast` that nobody holds
+
+
+def lost_inputs():
+  inputs = tasks.inputs("ap_fl")
+  store = inputs.federation.store
+  train = np.asarray(store.index)[: int(inputs.pooled.start)]
+  labels = np.asarray(store.labels).copy()
+  labels[train] = np.where(labels[train] == LOST, 0, labels[train])
+  federation = inputs.federation._replace(store=store._replace(labels=jnp.asarray(labels)))
+  return inputs._replace(federation=federation, settings=inputs.settings | {"embeddings": FAST})
+
+
+FAST = jnp.asarray(semantics.normalise([[0, 0], [0, 1], [1, 0], [1, 1]]))  # where the light is
+
+
+@functools.cache
+def lossy(kind):
+  """The simulator of a kind of answers on `fast`, on real means and without a generator; the gate is traced."""
+
+  def build(traced):
+    model = nn.classifier("mlp", tasks.IMAGE_SHAPE, tasks.NUM_CLASSES, head="anchored", embeddings=traced["embeddings"])
+    sgd = LocalSGD(traced["learning_rate"], tasks.BATCH_SIZE, 1, tasks.STEPS, 20, "examples", "none")
+    task = Task(
+      tasks.NUM_CLIENTS, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE, traced["embeddings"], model, sgd, traced["rounds"]
+    )
+    settings = {"unseen": kind, "unseen_gate": traced["gate"], "tier": "s2", "source": "none", "friend_steps": 0}
+    return algorithms.ap_fl(task, interpolation="size", **settings), population.everyone()
+
+  return simulation.simulator(
+    build,
+    gated(0.0),
+    tasks.NUM_CLASSES,
+    population_size=tasks.NUM_CLIENTS,
+    cohort_size=tasks.NUM_CLIENTS,
+    chunk=5,
+  )
+
+
+def gated(gate):
+  return tasks.with_settings(lost_inputs(), gate=gate)
+
+
+def outcome(kind, gate):
+  """(server, pooled confusion of the global model, personal scores) on `fast` without one class."""
+  simulator, inputs = lossy(kind), gated(gate)
+  state, _ = simulator.advance(simulator.init(inputs), inputs, np.int32(5))
+  pooled = np.asarray(simulator.score_pooled(state, inputs, np.ones(tasks.NUM_CLASSES, bool)))
+  return state.server, pooled, tasks.personal(simulator, state, inputs)
+
+
+def test_models_answer_with_a_lost_class_only_if_the_table_is_trusted():
+  plain, pooled, personal = outcome("none", 0.0)
+  assert pooled[:, LOST].sum() == 0
+  # Three seen classes are too few to judge a table by: it is not trusted unless everything is.
+  closed = outcome("prototypes", 0.55)
+  tasks.assert_same(closed[0].params, plain.params)
+  np.testing.assert_array_equal(closed[1], pooled)
+  tasks.assert_same(closed[2], personal)
+  server, found, mine = outcome("prototypes", 0.0)
+  tasks.assert_same(server.params, plain.params)
+  assert bool(server.reading.trusted) and float(server.reading.trust) < 1e-6
+  recall = np.diag(found) / found.sum(1)
+  assert recall[LOST] > 0.5
+  assert recall[:LOST].mean() > 0.7 * (np.diag(pooled) / pooled.sum(1))[:LOST].mean()
+  # Own accuracy is not paid for it.
+  own = lambda scores: np.trace(np.asarray(scores.own), axis1=1, axis2=2)
+  assert own(mine).sum() >= 0.98 * own(personal).sum()
+
+
+def test_a_client_loses_no_validation_example_to_an_unseen_class():
+  inputs = lost_inputs()
+  model = nn.classifier("mlp", tasks.IMAGE_SHAPE, tasks.NUM_CLASSES, head="anchored", embeddings=FAST)
+  params = model.init(jax.random.key(0))
+  federation = inputs.federation
+  data = Data(federation.store, *(type(s)(s.start[0], s.size[0]) for s in (federation.train, federation.validation)))
+  classes = jnp.arange(tasks.NUM_CLASSES) != LOST
+  generous = unseen.Reading((), jnp.float32(1), jnp.float32(50), jnp.float32(1), jnp.bool_(True))
+  predict = lambda images: training.predict(model, params, images)
+  careful = unseen.for_client(model, generous, predict, data, classes)
+  batch = training.gather(data.store, data.validation, jnp.arange(int(data.validation.size)), tasks.NUM_CLASSES)
+  labels = np.argmax(batch.targets, axis=1)
+  prediction = predict(batch.images)
+  right = np.where(classes, prediction.logits, -np.inf).argmax(1) == labels
+  after = lambda reading: unseen.placed(model, reading, prediction, classes).logits.argmax(1) == labels
+  assert right.any() and not after(generous).any()
+  np.testing.assert_array_equal(after(careful), right)
+  nobody = data._replace(validation=data.validation._replace(size=jnp.int32(0)))
+  assert float(unseen.for_client(model, generous, predict, nobody, classes).shift) < -1e5
+
+
+@pytest.mark.parametrize(
+  "settings, word",
+  [
+    ({"unseen": "prototypes", "source": "noise"}, "ap_fl_tier=s2"),
+    ({"unseen": "generator_head", "tier": "s2"}, "s0 or s1"),
+    ({"unseen": "anchored", "head": "free"}, "free head"),
+  ],
+)
+def test_what_cannot_be_known_is_refused(settings, word):
+  settings = dict(settings)
+  head = settings.pop("head", "anchored")
+  model = nn.classifier("mlp", tasks.IMAGE_SHAPE, tasks.NUM_CLASSES, head=head, embeddings=FAST)
+  sgd = LocalSGD(jnp.float32(0.1), 4, 1, 2, 4, "examples", "none")
+  task = Task(3, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE, FAST, model, sgd, jnp.int32(3))
+  with pytest.raises(InputError, match=word):
+    algorithms.ap_fl(task, friend_steps=0, **settings)

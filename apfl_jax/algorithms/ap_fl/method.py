@@ -21,6 +21,7 @@ from apfl_jax.algorithms.ap_fl.interpolation import by_size, choose, interpolate
 from apfl_jax.algorithms.ap_fl.server import APART
 from apfl_jax.algorithms.ap_fl.state import Answering, Server
 from apfl_jax.algorithms.ap_fl.statistics import TIERS
+from apfl_jax.algorithms.ap_fl.unseen import KINDS, Reading, Settings, for_client, placed
 from apfl_jax.errors import InputError
 from apfl_jax.settings import Count, Limits, Positive, Share, Weight
 from apfl_jax.types import Algorithm, Array, Key, Task
@@ -61,8 +62,10 @@ def ap_fl(
   memory_patience: _Many = 3,
   lambda_memory: Weight = 1.0,
   mask_softmax: bool = True,
-  answer_unseen: bool = False,
+  unseen: Annotated[str, Limits(choices=KINDS)] = "none",
   unseen_gate: Share = 0.55,
+  unseen_keep: Share = 0.8,
+  unseen_penalty: Positive = 0.3,
   friend_steps: Count = 100,
   beta: Share = 0.5,
   synthetic_examples: Annotated[int, Limits(least=1)] = 512,
@@ -109,8 +112,12 @@ def ap_fl(
     memory_patience: aggregations without a holder after which a class has left.
     lambda_memory: weight of L_mem; with a memory.
     mask_softmax: softmax in clients' training only over classes seen so far and the client's own (2.4).
-    answer_unseen: whether models answer with classes that nobody taught, by their anchored logits (2.7 a).
-    unseen_gate: of the table.
+    unseen: how models answer with classes that nobody taught, if the table of classes is trusted: 'none', never;
+      'prototypes', by cosine with prototypes that a ridge map makes of embeddings (8.1); 'anchored', by their anchored
+      logits (2.7 a); 'generator_head', by those of the global model's head after training on samples (2.7 b).
+    unseen_gate: accuracy on three seen classes left out, at least, at which the table is trusted; chance is a third.
+    unseen_keep: share of its accuracy on seen classes that the global model keeps when it answers so.
+    unseen_penalty: of the ridge map.
     friend_steps: how many of the personal steps train the friend model; the rest train the local model.
     beta: share of the synthetic loss in the friend's.
     synthetic_examples: synthetic images a client trains its friend on; a quarter more is held out to choose lambdas.
@@ -128,6 +135,17 @@ def ap_fl(
     raise InputError(f"ap_fl_source: got 'class_means' with tier {tier}, accepted is it with ap_fl_tier=s2")
   if memory != "none" and tier == "s0":
     raise InputError(f"ap_fl_memory: got {memory!r} with tier s0, accepted is it with ap_fl_tier=s1 or s2")
+  if unseen in ("anchored", "generator_head") and task.model.semantics is None:
+    raise InputError(f"ap_fl_unseen: got {unseen!r} with a free head, accepted is it with head anchored or cosine")
+  if unseen != "none" and tier != "s2" and source in ("untrained", "noise", "none"):
+    raise InputError(
+      f"ap_fl_unseen: got {unseen!r} with source {source} and tier {tier}, which know nothing of seen classes;"
+      " accepted is it with another source or ap_fl_tier=s2"
+    )
+  if unseen == "generator_head" and (source not in ("image", "feature") or tier == "s2"):
+    raise InputError(
+      "ap_fl_unseen: got 'generator_head', accepted is it with source image or feature and tier s0 or s1"
+    )
   model, num_classes = task.model, task.num_classes
   origin = sources.source(task, source)
   offered = sources.banked(origin) if ship == "bank" else origin
@@ -163,6 +181,7 @@ def ap_fl(
       memory=memory,
       memory_patience=memory_patience,
       mask_softmax=mask_softmax,
+      unseen=Settings(unseen, unseen_gate, unseen_keep, unseen_penalty),
     ),
   )
 
@@ -204,7 +223,7 @@ def ap_fl(
     friend = training.descend(friend_loss, shared.start, steps, task.sgd.learning_rate, cosine=True)
 
     if interpolation == "fixed":
-      return answering(interpolate(local, friend, lambda_base, lambda_head), classes)
+      return personal_answers(shared, interpolate(local, friend, lambda_base, lambda_head), data, classes)
     personal = choose(
       selection(data, softmax, jax.tree.map(lambda x: x[synthetic_examples:], synthetic)),
       local,
@@ -215,13 +234,18 @@ def ap_fl(
       pair=by_size(data.train.size),
       guarded=data.validation.size > 0,
     )
-    return answering(personal, classes)
+    return personal_answers(shared, personal, data, classes)
 
-  def answering(params, classes):
-    return Answering(params, jnp.ones_like(classes) if answer_unseen else classes)
+  def personal_answers(shared, params, data, classes):
+    reading = shared.reading
+    if isinstance(reading, Reading):
+      reading = for_client(model, reading, lambda images: training.predict(model, params, images), data, classes)
+    return Answering(params, classes, reading)
 
   def predict(chosen, images):
     prediction = training.predict(model, chosen.params, images)
+    if isinstance(chosen.reading, Reading):
+      return placed(model, chosen.reading, prediction, chosen.answers)
     # Lowered and not removed: among the classes left out the order stays, for the restricted score.
     return prediction._replace(logits=prediction.logits - _LEFT_OUT * ~chosen.answers)
 
@@ -249,7 +273,7 @@ def ap_fl(
 
   return rounds._replace(
     predict=predict,
-    global_model=lambda held: answering(server.answer_of(held), held.counts >= n_min),
+    global_model=lambda held: Answering(server.answer_of(held), held.counts >= n_min, held.reading),
     personalize=personalize,
   )
 

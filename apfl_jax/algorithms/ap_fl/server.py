@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from apfl_jax import training
-from apfl_jax.algorithms.ap_fl import generation, sources, statistics
+from apfl_jax.algorithms.ap_fl import generation, sources, statistics, unseen
 from apfl_jax.algorithms.ap_fl.sources import Source
 from apfl_jax.algorithms.ap_fl.state import Kept, Memory, Sent, Server, Shared, Trained
 from apfl_jax.algorithms.ap_fl.statistics import Statistics
@@ -24,6 +24,7 @@ SHIPPED = ("generator", "bank")
 MEMORIES = ("none", "average", "distil", "both")
 # Folded into a key that is also used as it is: the children of a split are fold_in of 0, 1, ..., so no small number.
 APART = 0x41502D46
+_READ_SAMPLES = 30  # a class, drawn around real mean features
 _TRUST_SAMPLES = 16  # a class, for the mean teacher probability
 _CONFIDENT, _PATIENCE = 0.95, 5  # early stop (method 6.2): mean trust, and rounds without a smaller loss
 _MODULATION = ("encode", "film")  # the parts of a generator that say what a class is
@@ -53,6 +54,7 @@ class Settings(NamedTuple):
   memory: str
   memory_patience: int
   mask_softmax: bool
+  unseen: unseen.Settings
 
 
 def own_classes(task: Task, shared: Shared, data: Data) -> tuple[Array, Array]:
@@ -66,7 +68,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   model, num_classes, tier = task.model, task.num_classes, settings.tier
   optimizer = _optimizer(settings)
   warmup = jnp.floor(settings.warmup * task.rounds).astype(jnp.int32)
-  remembers = settings.memory != "none"
+  remembers, reads = settings.memory != "none", settings.unseen.kind != "none"
 
   copied = partial(jax.tree.map, jnp.copy)
   # A generator of features is compared in these, one of images in what they go through.
@@ -98,6 +100,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       bank=(),
       trust=jnp.zeros(num_classes),
       memory=(),
+      reading=unseen.nothing_read(task, settings.unseen, params.head) if reads else (),
     )
     if remembers:
       average = copied(drawn.average) if source.learns else ()
@@ -108,7 +111,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   def download(server):
     shipped = server.bank if settings.ship == "bank" else source.ship(weights(server), server.statistics)
     answer = answer_of(server) if remembers else ()
-    return Download(Shared(server.params, answer, seen(server), shipped, server.trust))
+    return Download(Shared(server.params, answer, seen(server), shipped, server.trust, server.reading))
 
   def local_update(download, client, data, visit, key):
     shared = download.shared
@@ -251,8 +254,24 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       probability = jnp.take_along_axis(jax.nn.softmax(logits), label[:, None], axis=1)
       trust = jnp.where(known, jnp.mean(probability.reshape(_TRUST_SAMPLES, num_classes), axis=0), 0.0)
     else:
+      samples = None
       trust = known.astype(jnp.float32) if source.trusted == "wholly" else jnp.zeros(num_classes)
+    if reads:
+      server = server._replace(reading=read(server, samples, jax.random.fold_in(trust_key, APART + 1)))
     return filled(server._replace(trust=trust), jax.random.fold_in(trust_key, APART))
+
+  def read(server: Server, samples: Array | None, key: Key) -> unseen.Reading:
+    """What the server makes of unseen classes; from real features where it has them, else from samples."""
+    known, params = seen(server), answer_of(server)
+    if isinstance(server.statistics.classes, statistics.ByClass):
+      real = server.statistics.classes.mean.features
+      features, means = unseen.around(real.mean, real.square, _READ_SAMPLES, key), real.mean
+    else:
+      assert samples is not None
+      features = source.features(model, params.base, samples).reshape(_TRUST_SAMPLES, num_classes, -1)
+      features = features.transpose(1, 0, 2)
+      means = jnp.mean(features, axis=1)
+    return unseen.fit(task, settings.unseen, params.head, features, means, known)
 
   def filled(server: Server, key: Key) -> Server:
     """With a bank of the source as it is, if clients download one."""

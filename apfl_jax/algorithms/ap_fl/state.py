@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from apfl_jax.algorithms.ap_fl.statistics import ByClass, Moments, Statistics
+from apfl_jax.algorithms.ap_fl.unseen import Reading
 from apfl_jax.types import Array, Params, PyTree
 
 
@@ -15,10 +16,12 @@ class Answering(NamedTuple):
   Attributes:
     params: the classifier.
     answers: bool [C].
+    reading: what says so, and how it then answers with the others; () for never.
   """
 
   params: Params
   answers: Array
+  reading: Reading | tuple[()] = ()
 
 
 class Shared(NamedTuple):
@@ -31,6 +34,7 @@ class Shared(NamedTuple):
     seen: bool [C], classes that some client held whose upload ever arrived.
     source: what `Source.sample` needs, or a bank of its samples.
     trust: float32 [C] in [0, 1], how far synthetic samples of a class are to be believed; 0 where unseen.
+    reading: how to answer with classes that nobody taught; ().
   """
 
   params: Params
@@ -38,6 +42,7 @@ class Shared(NamedTuple):
   seen: Array
   source: PyTree
   trust: Array
+  reading: Reading | tuple[()]
 
   @property
   def start(self) -> Params:
@@ -99,6 +104,7 @@ class Server(NamedTuple):
     bank: samples that clients download instead of weights, or ().
     trust: float32 [C].
     memory: Memory, or ().
+    reading: how to answer with classes that nobody taught, or ().
   """
 
   params: Params
@@ -110,6 +116,7 @@ class Server(NamedTuple):
   bank: PyTree
   trust: Array
   memory: Memory | tuple[()]
+  reading: Reading | tuple[()]
 
 
 class Sent(NamedTuple):

@@ -20,8 +20,9 @@ import numpy as np
 import optax
 
 from apfl_jax import training
+from apfl_jax.algorithms.ap_fl.statistics import num_features
 from apfl_jax.metrics import shared_answers
-from apfl_jax.types import Array, Data, Model, Prediction, PyTree, Task
+from apfl_jax.types import Array, Data, Key, Model, Prediction, PyTree, Task
 
 KINDS = ("none", "anchored", "prototypes", "generator_head")
 _TRIPLES = 300  # of classes, left out together; all of them up to 13 classes
@@ -271,9 +272,23 @@ def fit(task: Task, settings: Settings, head: PyTree, features: Array, means: Ar
   return read(raw, seen, source, accuracy, settings)
 
 
-def nothing_read(task: Task, settings: Settings, head: PyTree, size: int) -> Reading:
-  """A reading of the right shapes that answers with no unseen class, `size` being F."""
-  blank = jnp.zeros((task.num_classes, 2, size))
+def around(mean: Array, square: Array, count: int, key: Key) -> Array:
+  """Features [C, count, F] drawn around real means: normal with the variance of each feature, not below 0 (2.7 c).
+
+  Args:
+    mean: float32 [C, F], by class.
+    square: float32 [C, F], second moments.
+    count: of each class.
+    key: consumed.
+  """
+  deviation = jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
+  drawn = jax.random.normal(key, (len(mean), count, mean.shape[1]))
+  return jnp.maximum(mean[:, None] + deviation[:, None] * drawn, 0.0)
+
+
+def nothing_read(task: Task, settings: Settings, head: PyTree) -> Reading:
+  """A reading of the right shapes that answers with no unseen class."""
+  blank = jnp.zeros((task.num_classes, 2, num_features(task)))
   shapes = jax.eval_shape(
     lambda *x: fit(task, settings, *x, jnp.zeros(task.num_classes, bool)), head, blank, blank[:, 0]
   )
