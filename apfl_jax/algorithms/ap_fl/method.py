@@ -1,35 +1,34 @@
 """AP-FL as an `Algorithm`: rounds over survivors, generator steps on the server, personalisation from one download.
 
-Steps follow method: 2.5 the rounds, 2.6 the generator, 2.8 the returning client, 2.9 the interpolation. Where the
-pilots of its sections 7 and 8 contradict the reconstruction they win: the friend learns from the generator's labels
-alone (no distillation), and the coefficients are the plain minimum on a 6 x 6 grid with rho = .3.
+Steps follow method: 2.5 the rounds, 2.6 the generator; `returning` has 2.8, the returning client, and 2.9, the
+interpolation. Where the pilots of its sections 7 and 8 contradict the reconstruction they win: the friend learns from
+the generator's labels alone (no distillation), and the coefficients are the plain minimum on a 6 x 6 grid with
+rho = .3.
 
 `--softmax_mask` and `--readout` come on top of the method's own mask (`mask_softmax`): `none` leaves that as it is, and
 with `present` or `own` the softmax of real data runs over the classes that both keep. They reach every loss on real
 data, the validation examples that choose the coefficients included, and none on synthetic data.
 """
 
+from functools import partial
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from apfl_jax import nn, random, training
-from apfl_jax.algorithms.ap_fl import generation
-from apfl_jax.algorithms.ap_fl.interpolation import by_size, choose, interpolate
-from apfl_jax.algorithms.ap_fl.state import Answering, Sent, Server, Shared
+from apfl_jax import nn, training
+from apfl_jax.algorithms.ap_fl import generation, peers, returning
+from apfl_jax.algorithms.ap_fl.state import Kept, Sent, Server, Shared
 from apfl_jax.algorithms.ap_fl.statistics import Moments, moments
 from apfl_jax.algorithms.fedavg import fedavg
+from apfl_jax.algorithms.staleness import polynomial
 from apfl_jax.errors import InputError
 from apfl_jax.settings import Count, Limits, Positive, Share, Weight
 from apfl_jax.types import Algorithm, Array, Download, Key, Task, Upload
 
-INTERPOLATIONS = ("grid", "size", "fixed")
-_MANY_VALIDATION = 20  # examples under which the grid is not trusted (method 2.9 c)
-# Folded into a key that is also used as it is: the children of a split are fold_in of 0, 1, ..., so no small number.
+# As in `returning`, folded into a key that is also used as it is.
 _APART = 0x41502D46
-_LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
 _TRUST_SAMPLES = 16  # a class, for the mean teacher probability
 
 
@@ -49,10 +48,19 @@ def ap_fl(
   lambda_variation: Weight = 1.0,
   mask_softmax: bool = True,
   answer_unseen: bool = False,
+  mixing: Share = 1.0,
+  staleness_exponent: Weight = 0.0,
+  friend: Annotated[str, Limits(choices=returning.FRIENDS)] = "mix",
   friend_steps: Count = 100,
   beta: Share = 0.5,
+  distill: bool = False,
+  lambda_kd: Weight = 1.0,
+  temperature: Positive = 2.0,
+  request: Annotated[str, Limits(choices=returning.REQUESTS)] = "own_and_seen",
   synthetic_examples: Annotated[int, Limits(least=1)] = 512,
-  interpolation: Annotated[str, Limits(choices=INTERPOLATIONS)] = "grid",
+  interpolation: Annotated[str, Limits(choices=returning.INTERPOLATIONS)] = "grid",
+  coupled: bool = False,
+  one_standard_error: bool = False,
   grid_points: Annotated[int, Limits(least=2)] = 6,
   rho: Weight = 0.3,
   lambda_base: Share = 0.3,
@@ -75,15 +83,39 @@ def ap_fl(
     lambda_variation: weight of total variation beyond .16.
     mask_softmax: softmax in clients' training only over classes seen so far and the client's own (2.4).
     answer_unseen: whether models answer with classes that nobody taught, by their anchored logits (2.7 a).
-    friend_steps: how many of the personal steps train the friend model; the rest train the local model.
-    beta: share of the synthetic loss in the friend's.
+    mixing: alpha, what the server takes of an update that is not stale.
+    staleness_exponent: a; of an update computed tau versions ago the server takes alpha (1 + tau)^-a.
+    friend: the model mixed with the local one: 'mix', trained on real and synthetic examples; 'synthetic', on synthetic
+      ones alone; 'peer', the most similar model of another client; 'global', the global model.
+    friend_steps: how many of the personal steps train the friend model; the rest train the local model, which takes
+      them all with the friends 'peer' and 'global'.
+    beta: share of the synthetic loss in the loss of the friend 'mix'.
+    distill: whether the trained friends are also held to the global model's answers on synthetic images.
+    lambda_kd: weight of that; with `distill`.
+    temperature: tau, at which answers are compared; with `distill`.
+    request: the classes of a client's synthetic examples, as far as they are trusted: 'own_and_seen', those that it
+      holds or somebody taught; 'own', 'seen'; 'all', unseen ones too.
     synthetic_examples: synthetic images a client trains its friend on; a quarter more is held out to choose lambdas.
-    interpolation: 'grid', 'size' or 'fixed'.
+    interpolation: how the coefficients are found: 'grid'; 'grad', by gradient; 'layer', so and one for each layer;
+      'size', from the number of examples; 'output', one, for probabilities and not for weights, by grid; 'fixed'.
+    coupled: whether base and head have the same coefficient, for 'grid', 'grad' and 'size'.
+    one_standard_error: whether the point of the grid nearest to `lambda_base`, `lambda_head` is taken among those as
+      good as the best within a standard error.
     grid_points: coefficients an axis of the grid.
     rho: weight of the held-out synthetic loss in the choice of coefficients.
-    lambda_base: the base's coefficient where 'fixed': 1 is the local model, 0 the friend.
+    lambda_base: the base's coefficient where 'fixed', and what 'grad', 'layer' and `one_standard_error` lean to: 1 is
+      the local model, 0 the friend.
     lambda_head: the head's.
   """
+  if coupled and interpolation in ("layer", "output", "fixed"):
+    raise InputError(
+      f"ap_fl_coupled: got true with interpolation={interpolation}, accepted is it with grid, grad, size"
+    )
+  if friend == "peer" and task.num_clients > peers.MOST:
+    raise InputError(
+      f"ap_fl_friend: got 'peer' with num_clients={task.num_clients}, accepted are at most {peers.MOST}: the server"
+      " keeps a model of each"
+    )
   if friend_steps > task.sgd.personal_steps:
     raise InputError(
       f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to personal_steps={task.sgd.personal_steps}"
@@ -93,14 +125,27 @@ def ap_fl(
   weights = generation.Weights(lambda_statistics, lambda_diversity, lambda_semantic, lambda_variation)
   schedule = optax.exponential_decay(generator_learning_rate, max(generator_steps, 1), 0.98)
   optimizer = optax.adam(schedule, b1=0.5)
-  held_out = max(1, synthetic_examples // 4)
   warmup = jnp.floor(generator_warmup * task.rounds).astype(jnp.int32)
 
-  def own_classes(shared, data):
-    """The client's label histogram, the classes that it can answer with, and those of its softmax (None for all)."""
-    histogram = training.label_histogram(data.store, data.train, num_classes)
-    classes = shared.seen | (histogram > 0)
-    return histogram, classes, classes if mask_softmax else None
+  settings = returning.Settings(
+    mask_softmax=mask_softmax,
+    answer_unseen=answer_unseen,
+    friend=friend,
+    friend_steps=friend_steps,
+    beta=beta,
+    distill=distill,
+    lambda_kd=lambda_kd,
+    temperature=temperature,
+    request=request,
+    synthetic_examples=synthetic_examples,
+    interpolation=interpolation,
+    coupled=coupled,
+    one_standard_error=one_standard_error,
+    grid_points=grid_points,
+    rho=rho,
+    lambda_base=lambda_base,
+    lambda_head=lambda_head,
+  )
 
   # --- rounds ---------------------------------------------------------------------------------------------------------
 
@@ -122,18 +167,20 @@ def ap_fl(
       average=jax.tree.map(jnp.copy, drawn),
       optimizer=optimizer.init(drawn),
       trust=jnp.zeros(num_classes),
+      peers=peers.nobody(params, task.num_clients) if friend == "peer" else (),
     )
 
   def download(server):
-    return Download(Shared(server.params, server.counts > 0, server.average, server.trust))
+    return Download(Shared(server.params, server.counts > 0, server.average, server.trust, server.peers))
 
   def local_update(download, client, data, visit, key):
     shared = download.shared
-    histogram, _, softmax = own_classes(shared, data)
-    loss = training.classification_loss(task, softmax)
+    histogram, classes = returning.own_classes(task, shared, data)
+    loss = training.classification_loss(task, classes if mask_softmax else None)
     steps = training.num_steps(task.sgd, data.train.size, visit.work)
     params = training.local_sgd(task, loss, shared.params, data, steps, key)
-    delta = jax.tree.map(lambda new, old: new - old, params, shared.params)
+    counts = mixing * polynomial(visit.staleness, staleness_exponent)
+    delta = jax.tree.map(lambda new, old: counts * (new - old), params, shared.params)
     statistics: tuple[Moments, ...] = ()
     if layer_statistics:
       # One batch as it is, without augmentation, of what can be many examples [O].
@@ -141,7 +188,8 @@ def ap_fl(
       batch = training.draw(data.store, data.train, jnp.int32(0), task.sgd.batch_size, num_classes, apart)
       statistics = moments(model.base(params.base, batch.images)[1], batch.mask)
     weight = training.weight(task.sgd, data.train.size)
-    return client, Upload(update=Sent(delta, statistics), weight=weight, kept=histogram)
+    kept = Kept(histogram, params if friend == "peer" else ())
+    return client, Upload(update=Sent(delta, statistics), weight=weight, kept=kept)
 
   def aggregate(server, received, key):
     new = received.arrived & ~server.counted[received.ids]
@@ -149,10 +197,13 @@ def ap_fl(
     server = server._replace(
       params=jax.tree.map(lambda w, d: w + d, server.params, mean.delta),
       rounds=server.rounds + 1,
-      counts=server.counts + jnp.sum(jnp.where(new[:, None], received.kept, 0.0), axis=0),
+      counts=server.counts + jnp.sum(jnp.where(new[:, None], received.kept.histogram, 0.0), axis=0),
       counted=server.counted.at[received.ids].max(new),
       statistics=mean.statistics,
     )
+    if isinstance(server.peers, peers.Peers):
+      kept = peers.remember(server.peers, received.kept.params, received.ids, received.arrived)
+      server = server._replace(peers=kept)
     if not generator_steps:
       return server
     return jax.lax.cond(server.rounds > warmup, train_generator, lambda server, key: server, server, key)
@@ -201,95 +252,15 @@ def ap_fl(
     trust = jnp.where(seen, jnp.mean(probability.reshape(_TRUST_SAMPLES, num_classes), axis=0), 0.0)
     return server._replace(generator=params, optimizer=state, average=average, trust=trust)
 
-  # --- the returning client -------------------------------------------------------------------------------------------
-
-  def personalize(download, client, data, visit, key):
-    del client, visit
-    shared = download.shared
-    # The local model takes the key as fine-tuning does: the two are then the same model to the bit.
-    friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, _APART), 3)
-    histogram, classes, softmax = own_classes(shared, data)
-    loss = training.classification_loss(task, softmax)
-    local = training.fine_tune(task, loss, shared.params, data, task.sgd.personal_steps - friend_steps, key)
-
-    # Synthetic examples: half by the client's own labels, half uniform, as far as they are trusted (2.8).
-    own = jnp.sqrt(histogram) / jnp.maximum(jnp.sum(jnp.sqrt(histogram)), 1e-12)
-    request = shared.trust * (0.5 * own + 0.5 / jnp.sum(classes))
-    request = jnp.where(jnp.sum(request) > 0, request, classes.astype(jnp.float32))
-    label = random.categorical(label_key, request, (synthetic_examples + held_out,))
-    images = generation.sample(generator, shared.generator, task.embeddings, label, sample_key)
-    synthetic = training.Batch(images, jax.nn.one_hot(label, num_classes), shared.trust[label])
-
-    real_batch = training.batches(task, data, data.train, friend_key)
-    batch_size = task.sgd.batch_size
-    # With nothing to be trusted the friend learns from real data alone, at the full rate.
-    share = jnp.where(jnp.any(shared.trust > 0), beta, 0.0)
-
-    def friend_loss(params, step):
-      real = real_batch(step)
-      rows = (step * batch_size + jnp.arange(batch_size)) % synthetic_examples
-      made = jax.tree.map(lambda x: x[rows], synthetic)
-      both = jnp.concatenate([real.images, made.images])  # one pass through the model
-      logits = jnp.split(training.predict(model, params, both).logits, 2)
-      own, trusted = (training.batch_cross_entropy(x, b, softmax) for x, b in zip(logits, (real, made), strict=True))
-      trusted = jnp.where(made.mask > 0, made.mask * trusted, 0.0)
-      return (1 - share) * training.batch_mean(own, real) + share * jnp.mean(trusted)
-
-    steps = jnp.where(data.train.size > 0, friend_steps, 0)
-    friend = training.descend(friend_loss, shared.params, steps, task.sgd.learning_rate, cosine=True)
-
-    if interpolation == "fixed":
-      return answering(interpolate(local, friend, lambda_base, lambda_head), classes)
-    personal = choose(
-      selection(data, softmax, jax.tree.map(lambda x: x[synthetic_examples:], synthetic)),
-      local,
-      friend,
-      shared.params,
-      points=grid_points,
-      on_grid=(interpolation == "grid") & (data.validation.size >= _MANY_VALIDATION),
-      pair=by_size(data.train.size),
-      guarded=data.validation.size > 0,
-    )
-    return answering(personal, classes)
-
-  def answering(params, classes):
-    return Answering(params, jnp.ones_like(classes) if answer_unseen else classes)
-
-  def predict(chosen, images):
-    prediction = training.predict(model, chosen.params, images)
-    # Lowered and not removed: among the classes left out the order stays, for the restricted score.
-    return prediction._replace(logits=prediction.logits - _LEFT_OUT * ~chosen.answers)
-
-  def selection(data, softmax, synthetic):
-    """J(base, heads) = CE on real validation examples + rho * trusted CE on held-out synthetic ones, [P]."""
-    block = 64
-
-    def summed(base, heads, batch):
-      features, _ = model.base(base, batch.images)
-      logits = jax.vmap(lambda head: model.head(head, features))(heads)
-      each = jax.vmap(lambda x: training.batch_cross_entropy(x, batch, softmax))(logits)
-      return jnp.where(batch.mask > 0, each, 0.0) @ batch.mask
-
-    def objective(base, heads):
-      def add(i, total):
-        batch = training.gather(data.store, data.validation, i * block + jnp.arange(block), num_classes)
-        return total + summed(base, heads, batch._replace(logit_offset=data.logit_offset))
-
-      points = jax.tree.leaves(heads)[0].shape[0]
-      blocks = (data.validation.size + block - 1) // block
-      real = jax.lax.fori_loop(0, blocks, add, jnp.zeros(points)) / jnp.maximum(data.validation.size, 1)
-      return real + rho * summed(base, heads, synthetic) / held_out
-
-    return objective
-
   return fedavg(task)._replace(
     init=init,
     download=download,
     local_update=local_update,
     aggregate=aggregate,
-    predict=predict,
-    global_model=lambda server: answering(server.params, server.counts > 0),
-    personalize=personalize,
+    predict=partial(returning.predict, model),
+    global_model=lambda server: returning.answering(server.params, server.counts > 0, (), settings),
+    personalize=returning.client(task, generator, settings),
+    describe=returning.describe,
   )
 
 

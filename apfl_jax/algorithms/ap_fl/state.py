@@ -2,8 +2,24 @@
 
 from typing import NamedTuple
 
+from apfl_jax.algorithms.ap_fl.interpolation import Choice
+from apfl_jax.algorithms.ap_fl.peers import Peers
 from apfl_jax.algorithms.ap_fl.statistics import Moments
 from apfl_jax.types import Array, Params, PyTree
+
+
+class Pair(NamedTuple):
+  """Two classifiers whose probabilities are mixed.
+
+  Attributes:
+    local: L.
+    friend: F.
+    share: float32 [], of L.
+  """
+
+  local: Params
+  friend: Params
+  share: Array
 
 
 class Answering(NamedTuple):
@@ -13,12 +29,14 @@ class Answering(NamedTuple):
   answer with them at random. They are left out until something says that they can be trusted.
 
   Attributes:
-    params: the classifier.
+    params: the classifier, or two.
     answers: bool [C].
+    choice: how a personal model came about; () of the global model.
   """
 
-  params: Params
+  params: Params | Pair
   answers: Array
+  choice: Choice | tuple[()] = ()
 
 
 class Shared(NamedTuple):
@@ -29,12 +47,14 @@ class Shared(NamedTuple):
     seen: bool [C], classes that some client held whose upload ever arrived.
     generator: the generator's averaged parameters.
     trust: float32 [C] in [0, 1], how far synthetic samples of a class are to be believed; 0 where unseen.
+    peers: other clients' models, for the friend `peer`; () otherwise.
   """
 
   params: Params
   seen: Array
   generator: PyTree
   trust: Array
+  peers: Peers | tuple[()] = ()
 
 
 class Server(NamedTuple):
@@ -50,6 +70,7 @@ class Server(NamedTuple):
     average: their exponential moving average, what clients get.
     optimizer: the generator's optax state.
     trust: float32 [C].
+    peers: see `Shared`.
   """
 
   params: Params
@@ -61,6 +82,7 @@ class Server(NamedTuple):
   average: PyTree
   optimizer: PyTree
   trust: Array
+  peers: Peers | tuple[()] = ()
 
 
 class Sent(NamedTuple):
@@ -68,3 +90,15 @@ class Sent(NamedTuple):
 
   delta: Params
   statistics: tuple[Moments, ...]
+
+
+class Kept(NamedTuple):
+  """What the server wants client by client.
+
+  Attributes:
+    histogram: float32 [C], the client's training examples of each class.
+    params: its model, for the friend `peer`; () otherwise.
+  """
+
+  histogram: Array
+  params: Params | tuple[()] = ()
