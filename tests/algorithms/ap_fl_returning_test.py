@@ -152,16 +152,14 @@ def close(actual, expected):
 # --- friends ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  ("kind", "distill"), [("mix", False), ("mix", True), ("synthetic", False), ("synthetic", True)]
-)
+@pytest.mark.parametrize(("kind", "distill"), [("mix", False), ("mix", True), ("synthetic", False)])
 def test_a_trained_friend_descends_on_its_loss(kind, distill):
   close(fixed(0.0, friend=kind, distill=distill), friend(kind, distill))
 
 
 def test_without_trust_the_mixed_friend_learns_from_real_data_alone_and_the_synthetic_one_stays():
   close(fixed(0.0, trust=(0.0, 0.0, 0.0)), local(FRIEND_STEPS))
-  close(fixed(0.0, trust=(0.0, 0.0, 0.0), friend="synthetic", distill=True), START)
+  close(fixed(0.0, trust=(0.0, 0.0, 0.0), friend="synthetic"), START)
 
 
 def test_the_local_model_has_the_steps_that_no_friend_takes():
@@ -295,7 +293,7 @@ def test_coefficients_by_gradient_are_those_of_adam_in_numpy(kind):
     first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
     s -= 0.1 * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
   share = 1 / (1 + np.exp(-s))
-  assert np.abs(share - prior).max() > 0.1
+  assert np.abs(share - prior).max() > 0.05
   settings = {"interpolation": "layer" if kind == "layer" else "grad", "coupled": kind == "coupled"}
   model = personal(**settings)
   assert int(model.choice.guard) == 0
@@ -343,7 +341,8 @@ def test_with_few_validation_examples_the_number_of_examples_decides():
   [
     *({"interpolation": kind} for kind in returning.INTERPOLATIONS),
     {"one_standard_error": True},
-    *({"interpolation": "fixed", "friend": kind, "distill": True} for kind in ("mix", "synthetic")),
+    {"interpolation": "fixed", "distill": True},
+    {"interpolation": "fixed", "friend": "synthetic"},
   ],
 )
 def test_a_client_without_examples_before_anything_was_taught_gets_the_global_model(settings):
