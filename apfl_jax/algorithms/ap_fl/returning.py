@@ -130,6 +130,8 @@ def mixed_answers(local: Array, friend: Array, share: Array, classes: Array) -> 
 
 def describe(chosen: Answering) -> dict[str, Array]:
   """What a personal model's client chose, by name; see `Choice`."""
+  if not isinstance(chosen.choice, Choice):
+    return {}
   return {name: value for name, value in chosen.choice._asdict().items() if not isinstance(value, tuple)}
 
 
@@ -160,7 +162,7 @@ def client(task: Task, generator: Generator, settings: Settings) -> Callable[...
 
     if settings.friend == "global":
       friend = shared.params
-    elif settings.friend == "peer":
+    elif isinstance(shared.peers, peers.Peers):
       friend = peers.nearest(shared.peers, shared.params, local, visit.id)
     else:
       friend = trained_friend(shared, data, taught, softmax, friend_key)
@@ -206,7 +208,7 @@ def client(task: Task, generator: Generator, settings: Settings) -> Callable[...
     prior = Params(settings.lambda_base, settings.lambda_head)
     if settings.interpolation == "fixed":
       fixed = jax.tree.map(jnp.asarray, prior)
-      return interpolate(local, friend, fixed), Choice(*fixed, guard=jnp.int32(0))
+      return interpolate(local, friend, fixed), Choice(fixed.base, fixed.head, jnp.int32(0))
     softmax = classes if settings.mask_softmax else None
     means = over_examples(data, synthetic)
     many = data.validation.size >= _MANY_VALIDATION
