@@ -452,11 +452,13 @@ def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
 
     @jax.jit
     def draw(settings, server, seed):
-      return sample(job.task(settings), server, random.key(seed, random.Purpose.REPORT), _SAMPLES)
+      key = random.key(seed, random.Purpose.REPORT)
+      return sample(job.task(settings), server, key, _SAMPLES, **job.config.settings)
 
-    images = np.asarray(draw(job.inputs.settings, result.state.server, job.inputs.seed))
-    arrays["samples"] = np.round(images * 255).astype(np.uint8)
-  else:
+    images = draw(job.inputs.settings, result.state.server, job.inputs.seed)
+    if images is not None:
+      arrays["samples"] = np.round(np.asarray(images) * 255).astype(np.uint8)
+  if "samples" not in arrays:
     del arrays["real"]
   return arrays
 

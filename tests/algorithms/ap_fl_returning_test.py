@@ -9,9 +9,10 @@ import pytest
 
 from apfl_jax import algorithms
 from apfl_jax.algorithms.ap_fl import Shared, peers, returning
+from apfl_jax.algorithms.ap_fl.sources import Source
 from apfl_jax.algorithms.ap_fl.state import Pair
 from apfl_jax.errors import InputError
-from apfl_jax.types import Download, Generator, Model, Params, Span
+from apfl_jax.types import Download, Model, Params, Span
 from tests import linear, tasks
 
 # A client with three examples of class 0 and three of class 1; class 2 was not taught, so softmax and answers leave it.
@@ -21,15 +22,23 @@ HELD = [0, 1]
 
 _rng = np.random.default_rng(1)
 START = Params({"a": _rng.normal(size=(4, 5)) / 2, "b": _rng.normal(size=(5, 5)) / 2}, _rng.normal(size=(5, 3)) / 2)
-PICTURES = np.float32(_rng.uniform(size=(3, *linear.IMAGE_SHAPE)))  # what the generator draws of each class
+PICTURES = np.float32(_rng.uniform(size=(3, *linear.IMAGE_SHAPE)))  # what the source has of each class
+FEATURES = np.float32(_rng.uniform(size=(3, linear.FEATURES)))  # what one of features has
 MODEL = Model(
   init=lambda key: as_float32(START),
   base=lambda base, images: (images.reshape(len(images), -1) @ base["a"] @ base["b"], ()),
   head=lambda head, features: features @ head,
 )
-GENERATOR = Generator(
-  init=lambda key: (), apply=lambda params, noise, e: jnp.asarray(PICTURES)[jnp.argmax(e, axis=-1)], noise_size=1
+SOURCE = Source(
+  images=True,
+  generator=None,
+  learns=False,
+  trusted="wholly",
+  init=lambda key: (),
+  ship=lambda weights, statistics: (),
+  sample=lambda shipped, label, key: jnp.asarray(PICTURES)[label],
 )
+OF_FEATURES = SOURCE._replace(images=False, sample=lambda shipped, label, key: jnp.asarray(FEATURES)[label])
 TASK = linear.task(personal_steps=STEPS)._replace(model=MODEL)
 
 
@@ -38,17 +47,17 @@ def as_float32(tree):
 
 
 @functools.cache
-def compiled(**static):
+def compiled(source, **static):
   """`personalize` with these settings that are not numbers; the numbers are traced."""
 
   def run(floats, shared, data, key):
-    personalize = returning.client(TASK, GENERATOR, returning.Settings(**static, **floats))
+    personalize = returning.client(TASK, source, returning.Settings(**static, **floats))
     return personalize(Download(shared), (), data, linear.visit(CLIENT), key)
 
   return jax.jit(run)
 
 
-def personal(*, trust=TRUST, seen=SEEN, kept=(), examples=None, few=False, **settings):
+def personal(*, source=SOURCE, trust=TRUST, seen=SEEN, kept=(), examples=None, few=False, **settings):
   """The personal model of the client that downloaded `START`; all examples of all clients validate it.
 
   With `few`, its own examples validate it, of which it has only the first `examples`.
@@ -60,8 +69,8 @@ def personal(*, trust=TRUST, seen=SEEN, kept=(), examples=None, few=False, **set
   data = linear.data(CLIENT, examples)
   if not few:
     data = data._replace(validation=Span(jnp.int32(0), jnp.int32(sum(linear.SIZES))))
-  shared = Shared(as_float32(START), jnp.asarray(seen), (), jnp.float32(trust), kept)
-  return compiled(**values)(as_float32(floats), shared, data, jax.random.key(0))
+  shared = Shared(as_float32(START), (), jnp.asarray(seen), (), jnp.float32(trust), kept)
+  return compiled(source, **values)(as_float32(floats), shared, data, jax.random.key(0))
 
 
 def fixed(share, **settings):
@@ -73,7 +82,8 @@ def fixed(share, **settings):
 
 
 def logits(params, x):
-  return x @ params.base["a"] @ params.base["b"] @ params.head
+  """Of flat images, or of features."""
+  return (x if x.shape[1] == linear.FEATURES else x @ params.base["a"] @ params.base["b"]) @ params.head
 
 
 def chances(params, x, tau=1.0):
@@ -90,12 +100,13 @@ def entropies(params, x, y):
 REAL = linear.oracle(CLIENT)
 EVERYBODY = [np.concatenate(parts) for parts in zip(*map(linear.oracle, range(len(linear.SIZES))), strict=True)]
 MADE = np.float64(PICTURES[1:2]).reshape(1, -1), np.eye(3)[1:2]  # of the one trusted class
+MADE_FEATURES = np.float64(FEATURES[1:2]), np.eye(3)[1:2]
 
 
-def friend_loss(params, friend, distill):
-  bracket = TRUST[1] * entropies(params, *MADE).mean()
+def friend_loss(params, friend, distill, made):
+  bracket = TRUST[1] * entropies(params, *made).mean()
   if distill:
-    theta, own = chances(START, MADE[0], TAU), chances(params, MADE[0], TAU)
+    theta, own = chances(START, made[0], TAU), chances(params, made[0], TAU)
     bracket += LAMBDA_KD * TAU**2 * (theta * np.log(theta / own)).sum()
   return bracket if friend == "synthetic" else (1 - BETA) * entropies(params, *REAL).mean() + BETA * bracket
 
@@ -130,8 +141,9 @@ def local(steps=STEPS - FRIEND_STEPS):
 
 
 @functools.cache
-def friend(kind="mix", distill=False):
-  return descended(lambda params: friend_loss(params, kind, distill), FRIEND_STEPS)
+def friend(kind="mix", distill=False, images=True):
+  made = MADE if images else MADE_FEATURES
+  return descended(lambda params: friend_loss(params, kind, distill, made), FRIEND_STEPS)
 
 
 def between(shares):
@@ -155,6 +167,19 @@ def close(actual, expected):
 @pytest.mark.parametrize(("kind", "distill"), [("mix", False), ("mix", True), ("synthetic", False)])
 def test_a_trained_friend_descends_on_its_loss(kind, distill):
   close(fixed(0.0, friend=kind, distill=distill), friend(kind, distill))
+
+
+def test_from_features_the_friend_learns_with_its_head_alone_and_the_objective_knows_them():
+  close(fixed(0.0, source=OF_FEATURES, distill=True), friend(distill=True, images=False))
+  own = friend("synthetic", images=False)
+  tasks.assert_same(own.base, START.base)
+  surface = personal(source=OF_FEATURES).choice.surface
+  corner = lambda params: (
+    entropies(params, *EVERYBODY).mean() + RHO * TRUST[1] * entropies(params, *MADE_FEATURES).mean()
+  )
+  np.testing.assert_allclose(
+    (surface[0, 0], surface[-1, -1]), (corner(friend(images=False)), corner(local())), rtol=1e-4
+  )
 
 
 def test_without_trust_the_mixed_friend_learns_from_real_data_alone_and_the_synthetic_one_stays():
@@ -190,7 +215,7 @@ def test_a_peer_is_the_most_similar_known_model_of_another():
 
 
 def test_the_server_keeps_the_last_model_of_each_client_that_arrived():
-  settings = {"friend": "peer", "generator_steps": 0, "layer_statistics": False, "mask_softmax": False}
+  settings = {"friend": "peer", "generator_steps": 0, "tier": "s0", "mask_softmax": False}
   rounds = linear.Rounds(algorithms.ap_fl(linear.task(), friend_steps=0, **settings))
   rounds.advance([0, 1, 2], lost=[1])
   kept = rounds.server.peers
@@ -206,9 +231,9 @@ def test_the_server_keeps_the_last_model_of_each_client_that_arrived():
 
 
 def test_what_an_update_counts_falls_with_its_staleness():
-  settings = {"generator_steps": 0, "layer_statistics": False, "mask_softmax": False, "friend_steps": 0}
+  settings = {"generator_steps": 0, "tier": "s0", "mask_softmax": False, "friend_steps": 0}
   algorithm = algorithms.ap_fl(linear.task(), mixing=0.6, staleness_exponent=0.5, **settings)
-  download = Download(Shared(as_float32(linear.START), jnp.asarray(SEEN), (), jnp.float32(TRUST)))
+  download = Download(Shared(as_float32(linear.START), (), jnp.asarray(SEEN), (), jnp.float32(TRUST)))
 
   @jax.jit
   def delta(staleness):
@@ -229,7 +254,7 @@ def test_what_an_update_counts_falls_with_its_staleness():
 def test_synthetic_examples_are_asked_for_by_own_labels_and_evenly_as_far_as_trusted(request_, asked):
   """Classes a: held and seen; b: held; c: seen; d: neither."""
   trust, histogram = np.array([0.5, 1.0, 0.8, 0.6]), np.array([4.0, 1.0, 0.0, 0.0])
-  shared = Shared((), jnp.array([True, False, True, False]), (), jnp.float32(trust))
+  shared = Shared((), (), jnp.array([True, False, True, False]), (), jnp.float32(trust))
   inside = np.array([c in asked for c in "abcd"])
   own = np.sqrt(histogram) / np.sqrt(histogram).sum()
   expected = np.where(inside, trust * (0.5 * own + 0.5 / inside.sum()), 0)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from apfl_jax import algorithms, nn, population, semantics, simulation
-from apfl_jax.algorithms.ap_fl import generation, statistics
+from apfl_jax.algorithms.ap_fl import generation, sources, statistics
 from apfl_jax.types import Generator, LocalSGD, Task
 from tests import tasks
 
-QUIET = {"generator_steps": 0, "mask_softmax": False, "layer_statistics": False}
+QUIET = {"generator_steps": 0, "mask_softmax": False, "tier": "s0"}
 
 
 def one_run(name, *, rounds=3, head="free", **settings):
@@ -112,8 +112,8 @@ def test_the_generator_learns_what_the_teacher_takes_for_each_class():
   state = simulator.init(inputs)
   untrained = _agreement(inputs, state.server)
   warming, _ = simulator.advance(state, inputs, np.int32(2))
-  warm = tasks.on_host(warming.server.generator)
-  tasks.assert_same(warm, tasks.on_host(simulator.init(inputs).server.generator))  # not before its warm-up is over
+  warm = tasks.on_host(warming.server.source)
+  tasks.assert_same(warm, tasks.on_host(simulator.init(inputs).server.source))  # not before its warm-up is over
   state, _ = simulator.advance(warming, inputs, np.int32(4))
   assert untrained < 0.6
   assert _agreement(inputs, state.server) > 0.9
@@ -208,6 +208,7 @@ def test_each_loss_is_in_the_total_with_its_weight_and_sign(term):
   noise_size = 3
   images = jnp.clip(jax.random.uniform(jax.random.key(1), (20, *tasks.IMAGE_SHAPE)), 0, 1)
   generator = Generator(init=lambda key: (), apply=lambda params, noise, e: images, noise_size=noise_size)
+  source = sources.source(task, "image")._replace(generator=generator)
   rows = generation.draw_rows(task.embeddings, jnp.array([9.0, 4, 1, 0]), jnp.bool_(True), 20, jax.random.key(2))
   key = jax.random.key(3)
   wanted = statistics.moments(task.model.base(teacher.base, images * 0.5)[1], jnp.ones(20))
@@ -218,13 +219,13 @@ def test_each_loss_is_in_the_total_with_its_weight_and_sign(term):
     return float(
       generation.generator_loss(
         task,
-        generator,
+        source,
         (),
         teacher,
         rows,
         key,
         weights=total,
-        statistics=wanted,
+        statistics=statistics.Statistics(wanted, ()),
         classes=jnp.ones(4, bool),
       )
     )

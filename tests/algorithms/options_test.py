@@ -19,7 +19,7 @@ OWN = np.float32([0.0, 0.0, -np.inf])
 SMALL = {
   "ap_fl": {
     "generator_steps": 0,
-    "layer_statistics": False,
+    "tier": "s0",
     "friend_steps": 2,
     "synthetic_examples": 8,
     "grid_points": 2,

@@ -1,9 +1,9 @@
-"""AP-FL as an `Algorithm`: rounds over survivors, generator steps on the server, personalisation from one download.
+"""AP-FL as an `Algorithm`: its settings, and its parts put together.
 
-Steps follow method: 2.5 the rounds, 2.6 the generator; `returning` has 2.8, the returning client, and 2.9, the
-interpolation. Where the pilots of its sections 7 and 8 contradict the reconstruction they win: the friend learns from
-the generator's labels alone (no distillation), and the coefficients are the plain minimum on a 6 x 6 grid with
-rho = .3.
+`server` has the rounds and the generator (method 2.5, 2.6, 8.2), `sources` where synthetic examples come from,
+`returning` the returning client (2.8) with its interpolation (2.9). Where the pilots of sections 7 and 8 contradict the
+reconstruction they win: the friend learns from the generator's labels alone (no distillation), and the coefficients are
+the plain minimum on a 6 x 6 grid with rho = .3.
 
 `--softmax_mask` and `--readout` come on top of the method's own mask (`mask_softmax`): `none` leaves that as it is, and
 with `present` or `own` the softmax of real data runs over the classes that both keep. They reach every loss on real
@@ -11,41 +11,49 @@ data, the validation examples that choose the coefficients included, and none on
 """
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
-import optax
 
-from apfl_jax import nn, training
-from apfl_jax.algorithms.ap_fl import generation, peers, returning
-from apfl_jax.algorithms.ap_fl.state import Kept, Sent, Server, Shared
-from apfl_jax.algorithms.ap_fl.statistics import Moments, moments
-from apfl_jax.algorithms.fedavg import fedavg
-from apfl_jax.algorithms.staleness import polynomial
+from apfl_jax.algorithms.ap_fl import generation, peers, returning, server, sources
+from apfl_jax.algorithms.ap_fl.state import Server
+from apfl_jax.algorithms.ap_fl.statistics import TIERS
 from apfl_jax.errors import InputError
 from apfl_jax.settings import Count, Limits, Positive, Share, Weight
-from apfl_jax.types import Algorithm, Array, Download, Key, Task, Upload
+from apfl_jax.types import Algorithm, Array, Key, Task
 
-# As in `returning`, folded into a key that is also used as it is.
-_APART = 0x41502D46
-_TRUST_SAMPLES = 16  # a class, for the mean teacher probability
+_Many = Annotated[int, Limits(least=1)]
 
 
 def ap_fl(
   task: Task,
   *,
+  source: Annotated[str, Limits(choices=sources.SOURCES)] = "image",
+  tier: Annotated[str, Limits(choices=TIERS)] = "s1",
+  n_min: _Many = 1,
+  generator_schedule: Annotated[str, Limits(choices=server.SCHEDULES)] = "round",
   generator_steps: Count = 20,
+  generator_final_steps: Count = 500,
   generator_batch: Annotated[int, Limits(least=10)] = 128,
   generator_learning_rate: Positive = 1e-3,
   generator_warmup: Share = 0.1,
   unseen_warmup: Share = 0.5,
   generator_decay: Share = 0.99,
-  layer_statistics: bool = True,
   lambda_statistics: Weight = 1.0,
+  lambda_class: Weight = 1.0,
   lambda_diversity: Weight = 0.02,
   lambda_semantic: Weight = 0.5,
   lambda_variation: Weight = 1.0,
+  adversary: bool = False,
+  lambda_adversarial: Weight = 1.0,
+  early_stop: bool = False,
+  film_refresh: bool = False,
+  film_after: Share = 0.5,
+  ship: Annotated[str, Limits(choices=server.SHIPPED)] = "generator",
+  bank_size: _Many = 64,
+  memory: Annotated[str, Limits(choices=server.MEMORIES)] = "none",
+  memory_patience: _Many = 3,
+  lambda_memory: Weight = 1.0,
   mask_softmax: bool = True,
   answer_unseen: bool = False,
   mixing: Share = 1.0,
@@ -70,17 +78,38 @@ def ap_fl(
 
   Args:
     task: the task. With an anchored head and embeddings that say something, unseen classes have logits and samples.
+    source: where synthetic examples come from: 'image', the semantic generator; 'feature', one of what the head reads;
+      'class_means', images drawn around the means of classes, without a generator, tier s2; 'untrained' and 'noise',
+      controls; 'none'.
+    tier: what leaves a client beside its model: 's0', nothing; 's1', label histogram and channel moments of its
+      pre-activations, for L_st; 's2', also sums of images and features by class, for L_class.
+    n_min: training examples that make a class seen; under tier s0, updates that show it.
+    generator_schedule: 'round', the generator is trained every round; 'final', once, in the last round.
     generator_steps: Adam steps of the generator a round.
+    generator_final_steps: of it in the last round; with schedule 'final'.
     generator_batch: rows of its batch.
-    generator_learning_rate: of Adam (beta1 .5), falling by 2 % a round as FedGen's does [C].
-    generator_warmup: share of the run's rounds before the generator is trained.
+    generator_learning_rate: of Adam (beta1 .5), falling by 2 % a round as FedGen's does [C]; to 0 along half a cosine
+      with schedule 'final'.
+    generator_warmup: share of the run's rounds before the generator is trained; with schedule 'round'.
     unseen_warmup: share of the run's rounds before it is asked for unseen classes.
     generator_decay: of the moving average of its parameters.
-    layer_statistics: whether clients send channel moments of their pre-activations (tier S1) and L_st uses them.
-    lambda_statistics: weight of L_st.
+    lambda_statistics: weight of L_st; tiers s1 and s2.
+    lambda_class: weight of L_class; tier s2.
     lambda_diversity: weight of L_div.
     lambda_semantic: weight of L_sem; needs an anchored head.
-    lambda_variation: weight of total variation beyond .16.
+    lambda_variation: weight of total variation beyond .16; images only.
+    adversary: whether the server distils a student, for L_adv: samples that the teacher knows and it does not.
+    lambda_adversarial: weight of L_adv; with `adversary`.
+    early_stop: whether training of the generator rests while its samples are recognised and its loss does not fall.
+    film_refresh: whether only FiLM and W of u = tanh(W e) are trained late in the run.
+    film_after: share of the run's rounds after which; with `film_refresh`.
+    ship: what clients download of the source: 'generator', its weights; 'bank', samples as bytes.
+    bank_size: samples of a class in the bank.
+    memory: what keeps classes whose holders left, none of whom says so: 'none'; 'average', the server answers with the
+      mean of its model and the last one made with them; 'distil', with its head distilled on samples in the last round;
+      'both'. All but 'none' also keep such classes in the generator.
+    memory_patience: aggregations without a holder after which a class has left.
+    lambda_memory: weight of L_mem; with a memory.
     mask_softmax: softmax in clients' training only over classes seen so far and the client's own (2.4).
     answer_unseen: whether models answer with classes that nobody taught, by their anchored logits (2.7 a).
     mixing: alpha, what the server takes of an update that is not stale.
@@ -120,13 +149,48 @@ def ap_fl(
     raise InputError(
       f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to personal_steps={task.sgd.personal_steps}"
     )
-  model, num_classes = task.model, task.num_classes
-  generator = nn.generator(task.image_shape, task.embeddings.shape[1])
-  weights = generation.Weights(lambda_statistics, lambda_diversity, lambda_semantic, lambda_variation)
-  schedule = optax.exponential_decay(generator_learning_rate, max(generator_steps, 1), 0.98)
-  optimizer = optax.adam(schedule, b1=0.5)
-  warmup = jnp.floor(generator_warmup * task.rounds).astype(jnp.int32)
-
+  if source == "class_means" and tier != "s2":
+    raise InputError(f"ap_fl_source: got 'class_means' with tier {tier}, accepted is it with ap_fl_tier=s2")
+  if memory != "none" and tier == "s0":
+    raise InputError(f"ap_fl_memory: got {memory!r} with tier s0, accepted is it with ap_fl_tier=s1 or s2")
+  origin = sources.source(task, source)
+  offered = sources.banked(origin) if ship == "bank" else origin
+  rounds = server.federated(
+    task,
+    origin,
+    server.Settings(
+      tier=tier,
+      n_min=n_min,
+      schedule=generator_schedule,
+      steps=generator_final_steps if generator_schedule == "final" else generator_steps,
+      batch=generator_batch,
+      learning_rate=generator_learning_rate,
+      warmup=generator_warmup,
+      unseen_warmup=unseen_warmup,
+      decay=generator_decay,
+      weights=generation.Weights(
+        statistics=lambda_statistics,
+        diversity=lambda_diversity,
+        semantic=lambda_semantic,
+        variation=lambda_variation,
+        by_class=lambda_class,
+        adversarial=lambda_adversarial,
+        memory=lambda_memory,
+      ),
+      adversary=adversary,
+      early_stop=early_stop,
+      film_refresh=film_refresh,
+      film_after=film_after,
+      ship=ship,
+      bank_size=bank_size,
+      memory=memory,
+      memory_patience=memory_patience,
+      mask_softmax=mask_softmax,
+      mixing=mixing,
+      staleness_exponent=staleness_exponent,
+      keep_models=friend == "peer",
+    ),
+  )
   settings = returning.Settings(
     mask_softmax=mask_softmax,
     answer_unseen=answer_unseen,
@@ -146,127 +210,33 @@ def ap_fl(
     lambda_base=lambda_base,
     lambda_head=lambda_head,
   )
-
-  # --- rounds ---------------------------------------------------------------------------------------------------------
-
-  def init(key):
-    params = model.init(key)  # every method's model starts alike under one seed
-    drawn = generator.init(jax.random.fold_in(key, _APART))
-    statistics: tuple[Moments, ...] = ()
-    if layer_statistics:
-      blank = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-      shapes = jax.eval_shape(lambda images: moments(model.base(params.base, images)[1], jnp.ones(1)), blank)
-      statistics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return Server(
-      params=params,
-      rounds=jnp.int32(0),
-      counts=jnp.zeros(num_classes),
-      counted=jnp.zeros(task.num_clients, bool),
-      statistics=statistics,
-      generator=drawn,
-      average=jax.tree.map(jnp.copy, drawn),
-      optimizer=optimizer.init(drawn),
-      trust=jnp.zeros(num_classes),
-      peers=peers.nobody(params, task.num_clients) if friend == "peer" else (),
-    )
-
-  def download(server):
-    return Download(Shared(server.params, server.counts > 0, server.average, server.trust, server.peers))
-
-  def local_update(download, client, data, visit, key):
-    shared = download.shared
-    histogram, classes = returning.own_classes(task, shared, data)
-    loss = training.classification_loss(task, classes if mask_softmax else None)
-    steps = training.num_steps(task.sgd, data.train.size, visit.work)
-    params = training.local_sgd(task, loss, shared.params, data, steps, key)
-    counts = mixing * polynomial(visit.staleness, staleness_exponent)
-    delta = jax.tree.map(lambda new, old: counts * (new - old), params, shared.params)
-    statistics: tuple[Moments, ...] = ()
-    if layer_statistics:
-      # One batch as it is, without augmentation, of what can be many examples [O].
-      apart = jax.random.fold_in(key, _APART)
-      batch = training.draw(data.store, data.train, jnp.int32(0), task.sgd.batch_size, num_classes, apart)
-      statistics = moments(model.base(params.base, batch.images)[1], batch.mask)
-    weight = training.weight(task.sgd, data.train.size)
-    kept = Kept(histogram, params if friend == "peer" else ())
-    return client, Upload(update=Sent(delta, statistics), weight=weight, kept=kept)
-
-  def aggregate(server, received, key):
-    new = received.arrived & ~server.counted[received.ids]
-    mean = received.mean
-    server = server._replace(
-      params=jax.tree.map(lambda w, d: w + d, server.params, mean.delta),
-      rounds=server.rounds + 1,
-      counts=server.counts + jnp.sum(jnp.where(new[:, None], received.kept.histogram, 0.0), axis=0),
-      counted=server.counted.at[received.ids].max(new),
-      statistics=mean.statistics,
-    )
-    if isinstance(server.peers, peers.Peers):
-      kept = peers.remember(server.peers, received.kept.params, received.ids, received.arrived)
-      server = server._replace(peers=kept)
-    if not generator_steps:
-      return server
-    return jax.lax.cond(server.rounds > warmup, train_generator, lambda server, key: server, server, key)
-
-  # --- the generator --------------------------------------------------------------------------------------------------
-
-  def train_generator(server: Server, key: Key) -> Server:
-    step_key, trust_key = jax.random.split(key)
-    seen = server.counts > 0
-    # A free head's logits of unseen classes were never trained: asking it for them would be asking for noise.
-    unseen_on = (server.rounds > unseen_warmup * task.rounds) & (model.semantics is not None)
-    classes = seen | unseen_on
-
-    def step(i, carry):
-      params, state, average = carry
-      rows_key, loss_key = jax.random.split(jax.random.fold_in(step_key, i))
-      rows = generation.draw_rows(task.embeddings, server.counts, unseen_on, generator_batch, rows_key)
-      gradient = jax.grad(
-        lambda p: generation.generator_loss(
-          task,
-          generator,
-          p,
-          server.params,
-          rows,
-          loss_key,
-          weights=weights,
-          statistics=server.statistics,
-          classes=classes,
-        )
-      )(params)
-      updates, state = optimizer.update(gradient, state)
-      params = optax.apply_updates(params, updates)
-      # A young average forgets faster, or it would remember the untrained generator.
-      age = (server.rounds - warmup - 1) * generator_steps + i
-      decay = jnp.minimum(generator_decay, (1.0 + age) / (10.0 + age))
-      average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
-      return params, state, average
-
-    carry = (server.generator, server.optimizer, server.average)
-    params, state, average = jax.lax.fori_loop(0, generator_steps, step, carry)
-
-    label = jnp.tile(jnp.arange(num_classes), _TRUST_SAMPLES)
-    images = generation.sample(generator, average, task.embeddings, label, trust_key)
-    logits = jnp.where(classes, training.predict(model, server.params, images).logits, -jnp.inf)
-    probability = jnp.take_along_axis(jax.nn.softmax(logits), label[:, None], axis=1)
-    trust = jnp.where(seen, jnp.mean(probability.reshape(_TRUST_SAMPLES, num_classes), axis=0), 0.0)
-    return server._replace(generator=params, optimizer=state, average=average, trust=trust)
-
-  return fedavg(task)._replace(
-    init=init,
-    download=download,
-    local_update=local_update,
-    aggregate=aggregate,
-    predict=partial(returning.predict, model),
-    global_model=lambda server: returning.answering(server.params, server.counts > 0, (), settings),
-    personalize=returning.client(task, generator, settings),
+  return rounds._replace(
+    predict=partial(returning.predict, task.model),
+    global_model=lambda held: returning.answering(server.answer_of(held), held.counts >= n_min, (), settings),
+    personalize=returning.client(task, offered, settings),
     describe=returning.describe,
   )
 
 
-def samples(task: Task, server: Server, key: Key, count: int) -> Array:
-  """Generated images float32 [C, count, height, width, channels] in [0, 1], all classes, from the averaged weights."""
-  generator = nn.generator(task.image_shape, task.embeddings.shape[1])
+def samples(task: Task, held: Server, key: Key, count: int, **settings: Any) -> Array | None:
+  """Samples float32 [C, count, height, width, channels] in [0, 1] of all classes, as clients get them.
+
+  Args:
+    task: the task.
+    held: the server's state.
+    key: consumed.
+    count: samples of each class.
+    **settings: of the method that made the state, as far as they are not defaults.
+
+  Returns:
+    None if the source makes no images.
+  """
+  source = sources.source(task, settings.get("source", "image"))
+  if not source.images:
+    return None
   label = jnp.repeat(jnp.arange(task.num_classes), count)
-  images = generation.sample(generator, server.average, task.embeddings, label, key)
+  if isinstance(held.bank, sources.Bank):
+    images = sources.banked(source).sample(held.bank, label, key)
+  else:
+    images = source.sample(source.ship(server.weights(held), held.statistics), label, key)
   return images.reshape(task.num_classes, count, *task.image_shape)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from apfl_jax import random, training
-from apfl_jax.algorithms.ap_fl import generation, peers
+from apfl_jax.algorithms.ap_fl import peers
 from apfl_jax.algorithms.ap_fl.interpolation import (
   Choice,
   Losses,
@@ -32,16 +32,16 @@ from apfl_jax.algorithms.ap_fl.interpolation import (
   for_each_layer,
   interpolate,
 )
+from apfl_jax.algorithms.ap_fl.server import APART, own_classes
+from apfl_jax.algorithms.ap_fl.sources import Source
 from apfl_jax.algorithms.ap_fl.state import Answering, Pair, Shared
-from apfl_jax.types import Array, Data, Download, Generator, Key, Model, Params, Prediction, PyTree, Task, Visit
+from apfl_jax.types import Array, Data, Download, Key, Model, Params, Prediction, PyTree, Task, Visit
 
 FRIENDS = ("mix", "synthetic", "peer", "global")
 REQUESTS = ("own_and_seen", "own", "seen", "all")
 INTERPOLATIONS = ("grid", "grad", "size", "layer", "output", "fixed")
 
 _MANY_VALIDATION = 20  # examples under which no coefficient is chosen by them (method 2.9 c)
-# Folded into a key that is also used as it is: the children of a split are fold_in of 0, 1, ..., so no small number.
-_APART = 0x41502D46
 _LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
 _BLOCK = 64  # validation examples at once
 
@@ -68,12 +68,6 @@ class Settings(NamedTuple):
   rho: Array | float
   lambda_base: Array | float
   lambda_head: Array | float
-
-
-def own_classes(task: Task, shared: Shared, data: Data) -> tuple[Array, Array]:
-  """The client's label histogram, float32 [C], and which classes it has or somebody taught, bool [C]."""
-  histogram = training.label_histogram(data.store, data.train, task.num_classes)
-  return histogram, shared.seen | (histogram > 0)
 
 
 def requested(request: str, shared: Shared, histogram: Array) -> Array:
@@ -135,8 +129,8 @@ def describe(chosen: Answering) -> dict[str, Array]:
   return {name: value for name, value in chosen.choice._asdict().items() if not isinstance(value, tuple)}
 
 
-def client(task: Task, generator: Generator, settings: Settings) -> Callable[..., Answering]:
-  """The function `personalize` of AP-FL."""
+def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answering]:
+  """The function `personalize` of AP-FL; `source` is the one of what clients download."""
   model, num_classes = task.model, task.num_classes
   trained = settings.friend in ("mix", "synthetic")
   local_steps = task.sgd.personal_steps - (settings.friend_steps if trained else 0)
@@ -147,26 +141,27 @@ def client(task: Task, generator: Generator, settings: Settings) -> Callable[...
     del client
     shared: Shared = download.shared
     # The local model takes the key as fine-tuning does: the two are then the same model to the bit.
-    friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, _APART), 3)
+    friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, APART), 3)
     histogram, classes = own_classes(task, shared, data)
     if settings.request == "all":
       classes |= shared.trust > 0
     softmax = classes if settings.mask_softmax else None
     loss = training.classification_loss(task, softmax)
-    local = training.fine_tune(task, loss, shared.params, data, local_steps, key)
+    local = training.fine_tune(task, loss, shared.start, data, local_steps, key)
 
     label = random.categorical(label_key, requested(settings.request, shared, histogram), (examples + held_out,))
-    images = generation.sample(generator, shared.generator, task.embeddings, label, sample_key)
-    synthetic = training.Batch(images, jax.nn.one_hot(label, num_classes), shared.trust[label])
+    # Of a source of features these are in the place of images.
+    made = source.sample(shared.source, label, sample_key)
+    synthetic = training.Batch(made, jax.nn.one_hot(label, num_classes), shared.trust[label])
     taught, apart = (jax.tree.map(cut, synthetic) for cut in (lambda x: x[:examples], lambda x: x[examples:]))
 
     if settings.friend == "global":
-      friend = shared.params
+      friend = shared.start
     elif isinstance(shared.peers, peers.Peers):
-      friend = peers.nearest(shared.peers, shared.params, local, visit.id)
+      friend = peers.nearest(shared.peers, shared.start, local, visit.id)
     else:
       friend = trained_friend(shared, data, taught, softmax, friend_key)
-    params, choice = interpolated(local, friend, shared.params, data, apart, classes)
+    params, choice = interpolated(local, friend, shared.start, data, apart, classes)
     return answering(params, classes, choice, settings)
 
   def trained_friend(shared: Shared, data: Data, synthetic: training.Batch, softmax: Array | None, key: Key) -> Params:
@@ -174,6 +169,9 @@ def client(task: Task, generator: Generator, settings: Settings) -> Callable[...
     batch_size = task.sgd.batch_size
     # With nothing to be trusted the friend learns from real data alone, at the full rate.
     share = jnp.where(jnp.any(shared.trust > 0), settings.beta, 0.0)
+
+    def logits_of(params, made):
+      return model.head(params.head, source.features(model, params.base, made.images))
 
     def bracket(logits, made):
       each = training.batch_cross_entropy(logits, made, softmax)
@@ -183,7 +181,7 @@ def client(task: Task, generator: Generator, settings: Settings) -> Callable[...
     def distillation(logits, made):
       """lambda_kd tau^2 KL(theta || w) up to a constant, of seen classes and over them: theta knows no other."""
       tau, seen = settings.temperature, shared.seen | ~jnp.any(shared.seen)
-      theta = training.predict(model, shared.params, made.images).logits
+      theta = logits_of(shared.start, made)
       soft = jax.nn.softmax(jnp.where(seen, theta, -jnp.inf) / tau)
       each = settings.lambda_kd * tau**2 * training.cross_entropy(logits / tau, soft, seen)
       return jnp.where(jnp.sum(jnp.where(shared.seen, made.targets, 0.0), axis=-1) > 0, each, 0.0)
@@ -192,15 +190,14 @@ def client(task: Task, generator: Generator, settings: Settings) -> Callable[...
       rows = (step * batch_size + jnp.arange(batch_size)) % examples
       made = jax.tree.map(lambda x: x[rows], synthetic)
       if settings.friend == "synthetic":
-        return bracket(training.predict(model, params, made.images).logits, made)
+        return bracket(logits_of(params, made), made)
       real = real_batch(step)
-      both = jnp.concatenate([real.images, made.images])  # one pass through the model
-      own, others = jnp.split(training.predict(model, params, both).logits, 2)
+      own, others = source.logits(model, params, real.images, made.images)
       own = training.batch_mean(training.batch_cross_entropy(own, real, softmax), real)
       return (1 - share) * own + share * bracket(others, made)
 
     steps = jnp.where(data.train.size > 0, settings.friend_steps, 0)
-    return training.descend(friend_loss, shared.params, steps, task.sgd.learning_rate, cosine=True)
+    return training.descend(friend_loss, shared.start, steps, task.sgd.learning_rate, cosine=True)
 
   def interpolated(
     local: Params, friend: Params, start: Params, data: Data, synthetic: training.Batch, classes: Array
@@ -300,7 +297,7 @@ def client(task: Task, generator: Generator, settings: Settings) -> Callable[...
         new = sums(batch._replace(logit_offset=data.logit_offset), lambda base: model.base(base, batch.images)[0])
         return jax.tree.map(jnp.add, total, new)
 
-      made = sums(synthetic, lambda base: model.base(base, synthetic.images)[0])
+      made = sums(synthetic, lambda base: source.features(model, base, synthetic.images))
       blocks = (data.validation.size + _BLOCK - 1) // _BLOCK
       real = jax.lax.fori_loop(0, blocks, add, jax.tree.map(jnp.zeros_like, made))
       real = jax.tree.map(lambda x: x / jnp.maximum(data.validation.size, 1), real)
