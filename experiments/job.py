@@ -402,7 +402,8 @@ def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: n
   def cells(values: np.ndarray) -> list[str]:
     everyone = np.full(len(result.dropped), np.nan)
     everyone[result.rows] = values
-    return ["" if np.isnan(value) else repr(float(value)) for value in everyone]
+    kind = int if np.issubdtype(values.dtype, np.integer) else float
+    return ["" if np.isnan(value) else repr(kind(value)) for value in everyone]
 
   columns: dict[str, Iterable[Any]] = {
     "client": np.asarray(federation.id),
@@ -417,11 +418,17 @@ def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: n
       metrics.accuracy(result.global_scores.own) if result.global_scores else np.full(len(result.rows), np.nan)
     ),
     "pooled_accuracy": cells(metrics.accuracy(result.personal_scores.pooled)),
+    **{name: cells(values) for name, values in _described(result).items() if values.ndim == 1},
   }
   with replacing(path) as temporary, open(temporary, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _described(result: simulation.Result) -> dict[str, np.ndarray]:
+  """What the method tells of the personal models, [R, ...] by name."""
+  return {name: np.asarray(values) for name, values in dict(result.personal_scores.described).items()}
 
 
 def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
@@ -437,6 +444,9 @@ def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
   }
   if result.pooled_confusion is not None:
     arrays["pooled_confusion"] = result.pooled_confusion(np.ones(len(job.dataset.class_names), bool))
+  for name, values in _described(result).items():
+    if values.ndim > 1:  # a model that diverged has nothing to tell
+      arrays[name] = np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
   sample = algorithms.METHODS[job.config.algorithm].samples
   if sample is not None:
 

@@ -75,11 +75,13 @@ class Scores(NamedTuple):
       client's log label prior added to the logits.
     pooled: int32 [R, C, C], on the pooled test examples.
     verification: float32 [R, 2], see `metrics.verification.rates`; () where nothing is held out.
+    described: arrays [R, ...] by name, see `Algorithm.describe`; of personal models only.
   """
 
   own: Array
   pooled: Array
   verification: Array | tuple[()] = ()
+  described: dict[str, Array] | tuple[()] = ()
 
 
 class Simulator(NamedTuple):
@@ -379,7 +381,8 @@ def simulator(
       key = random.key(inputs.seed, Purpose.PERSONALIZE, id)
       model = algorithm.personalize(download, client, data_of(inputs.federation, row, classes), visit, key)
       scores = score(algorithm.predict, inputs.federation, inputs.pooled, model, row)
-      return (), scores._replace(verification=_verified(partial(algorithm.predict, model), inputs))
+      verified = _verified(partial(algorithm.predict, model), inputs)
+      return (), scores._replace(verification=verified, described=algorithm.describe(model))
 
     ids = federation.id[rows]
     mine = jax.tree.map(lambda x: x[rows], state.clients)

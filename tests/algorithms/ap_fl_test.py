@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from apfl_jax import algorithms, nn, population, semantics, simulation
-from apfl_jax.algorithms.ap_fl import generation, interpolation, sources, statistics
-from apfl_jax.types import Generator, LocalSGD, Params, Task
+from apfl_jax.algorithms.ap_fl import generation, sources, statistics
+from apfl_jax.types import Generator, LocalSGD, Task
 from tests import tasks
 
 QUIET = {"generator_steps": 0, "mask_softmax": False, "tier": "s0"}
@@ -245,54 +245,3 @@ def test_each_loss_is_in_the_total_with_its_weight_and_sign(term):
   }[term]
   assert expected > 0
   assert loss(**{term: 2.0}) - loss() == pytest.approx(2 * expected, rel=1e-3)
-
-
-# --- interpolation ----------------------------------------------------------------------------------------------------
-
-
-def _quadratic(target: Params):
-  """J = |base - target.base|^2 + 2 |head - target.head|^2 + base . head, on plain vectors."""
-
-  def objective(base, heads):
-    return jnp.sum((base - target.base) ** 2) + 2 * jnp.sum((heads - target.head) ** 2, axis=-1) + heads @ base / 3
-
-  return objective
-
-
-def _vector(seed):
-  return Params(*jax.random.normal(jax.random.key(seed), (2, 4)))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_choose_is_the_brute_force_minimum_over_the_grid_the_ends_and_the_start(seed):
-  local, friend, start, target = (_vector(4 * seed + i) for i in range(4))
-  target = [target, local, friend, start][seed % 4]  # so that every candidate wins for some seed
-  objective = _quadratic(target)
-  value = lambda p: float(objective(p.base, p.head[None])[0])
-  pair = (jnp.float32(0.25), jnp.float32(0.6))
-  arguments = (objective, local, friend, start)
-  chosen = lambda grid, guard: interpolation.choose(
-    *arguments, points=6, on_grid=jnp.bool_(grid), pair=pair, guarded=jnp.bool_(guard)
-  )
-  shares = np.linspace(0, 1, 6)
-  candidates = [interpolation.interpolate(local, friend, b, h) for b in shares for h in shares]
-  best = min(map(value, candidates))
-  assert value(chosen(True, False)) == pytest.approx(best, rel=1e-5)
-  assert value(chosen(True, True)) == pytest.approx(min(best, value(start)), rel=1e-5)
-  given = interpolation.interpolate(local, friend, *pair)
-  tasks.assert_same(chosen(False, False), given)
-  guarded = min(map(value, (given, local, friend, start)))
-  assert value(chosen(False, True)) == pytest.approx(guarded, rel=1e-5)
-
-
-def test_interpolation_is_exact_at_its_ends_and_decoupled_between():
-  local, friend = _vector(0), _vector(1)
-  tasks.assert_same(interpolation.interpolate(local, friend, 1.0, 1.0), local)
-  tasks.assert_same(interpolation.interpolate(local, friend, 0.0, 0.0), friend)
-  tasks.assert_same(interpolation.interpolate(local, friend, 1.0, 0.0), Params(local.base, friend.head))
-
-
-def test_coefficients_by_size():
-  base, head = interpolation.by_size(jnp.array([0, 50, 200]))
-  np.testing.assert_allclose(base, [0, 0.2, 0.5], rtol=1e-6)
-  np.testing.assert_allclose(head, [0, 0.8, 200 / 212.5], rtol=1e-6)

@@ -1,34 +1,29 @@
 """AP-FL as an `Algorithm`: its settings, and its parts put together.
 
-`server` has the rounds and the generator (method 2.5, 2.6, 8.2), `sources` where synthetic examples come from; 2.8 is
-the returning client, 2.9 the interpolation. Where the pilots of sections 7 and 8 contradict the reconstruction they
-win: the friend learns from the generator's labels alone (no distillation), and the coefficients are the plain minimum
-on a 6 x 6 grid with rho = .3.
+`server` has the rounds and the generator (method 2.5, 2.6, 8.2), `sources` where synthetic examples come from,
+`returning` the returning client (2.8) with its interpolation (2.9). Where the pilots of sections 7 and 8 contradict the
+reconstruction they win: the friend learns from the generator's labels alone (no distillation), and the coefficients are
+the plain minimum on a 6 x 6 grid with rho = .3.
 
 `--softmax_mask` and `--readout` come on top of the method's own mask (`mask_softmax`): `none` leaves that as it is, and
 with `present` or `own` the softmax of real data runs over the classes that both keep. They reach every loss on real
 data, the validation examples that choose the coefficients included, and none on synthetic data.
 """
 
+from functools import partial
 from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
 
-from apfl_jax import random, training
-from apfl_jax.algorithms.ap_fl import generation, server, sources
-from apfl_jax.algorithms.ap_fl.interpolation import by_size, choose, interpolate
-from apfl_jax.algorithms.ap_fl.server import APART
+from apfl_jax.algorithms.ap_fl import generation, peers, returning, server, sources
 from apfl_jax.algorithms.ap_fl.state import Answering, Server
 from apfl_jax.algorithms.ap_fl.statistics import TIERS
-from apfl_jax.algorithms.ap_fl.unseen import KINDS, Reading, Settings, for_client, placed
+from apfl_jax.algorithms.ap_fl.unseen import KINDS
+from apfl_jax.algorithms.ap_fl.unseen import Settings as UnseenSettings
 from apfl_jax.errors import InputError
 from apfl_jax.settings import Count, Limits, Positive, Share, Weight
 from apfl_jax.types import Algorithm, Array, Key, Task
 
-INTERPOLATIONS = ("grid", "size", "fixed")
-_MANY_VALIDATION = 20  # examples under which the grid is not trusted (method 2.9 c)
-_LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
 _Many = Annotated[int, Limits(least=1)]
 
 
@@ -66,10 +61,19 @@ def ap_fl(
   unseen_gate: Share = 0.55,
   unseen_keep: Share = 0.8,
   unseen_penalty: Positive = 0.3,
+  mixing: Share = 1.0,
+  staleness_exponent: Weight = 0.0,
+  friend: Annotated[str, Limits(choices=returning.FRIENDS)] = "mix",
   friend_steps: Count = 100,
   beta: Share = 0.5,
+  distill: bool = False,
+  lambda_kd: Weight = 1.0,
+  temperature: Positive = 2.0,
+  request: Annotated[str, Limits(choices=returning.REQUESTS)] = "own_and_seen",
   synthetic_examples: Annotated[int, Limits(least=1)] = 512,
-  interpolation: Annotated[str, Limits(choices=INTERPOLATIONS)] = "grid",
+  interpolation: Annotated[str, Limits(choices=returning.INTERPOLATIONS)] = "grid",
+  coupled: bool = False,
+  one_standard_error: bool = False,
   grid_points: Annotated[int, Limits(least=2)] = 6,
   rho: Weight = 0.3,
   lambda_base: Share = 0.3,
@@ -118,15 +122,39 @@ def ap_fl(
     unseen_gate: accuracy on three seen classes left out, at least, at which the table is trusted; chance is a third.
     unseen_keep: share of its accuracy on seen classes that the global model keeps when it answers so.
     unseen_penalty: of the ridge map.
-    friend_steps: how many of the personal steps train the friend model; the rest train the local model.
-    beta: share of the synthetic loss in the friend's.
+    mixing: alpha, what the server takes of an update that is not stale.
+    staleness_exponent: a; of an update computed tau versions ago the server takes alpha (1 + tau)^-a.
+    friend: the model mixed with the local one: 'mix', trained on real and synthetic examples; 'synthetic', on synthetic
+      ones alone; 'peer', the most similar model of another client; 'global', the global model.
+    friend_steps: how many of the personal steps train the friend model; the rest train the local model, which takes
+      them all with the friends 'peer' and 'global'.
+    beta: share of the synthetic loss in the loss of the friend 'mix'.
+    distill: whether the trained friends are also held to the global model's answers on synthetic images.
+    lambda_kd: weight of that; with `distill`.
+    temperature: tau, at which answers are compared; with `distill`.
+    request: the classes of a client's synthetic examples, as far as they are trusted: 'own_and_seen', those that it
+      holds or somebody taught; 'own', 'seen'; 'all', unseen ones too.
     synthetic_examples: synthetic images a client trains its friend on; a quarter more is held out to choose lambdas.
-    interpolation: 'grid', 'size' or 'fixed'.
+    interpolation: how the coefficients are found: 'grid'; 'grad', by gradient; 'layer', so and one for each layer;
+      'size', from the number of examples; 'output', one, for probabilities and not for weights, by grid; 'fixed'.
+    coupled: whether base and head have the same coefficient, for 'grid', 'grad' and 'size'.
+    one_standard_error: whether the point of the grid nearest to `lambda_base`, `lambda_head` is taken among those as
+      good as the best within a standard error.
     grid_points: coefficients an axis of the grid.
     rho: weight of the held-out synthetic loss in the choice of coefficients.
-    lambda_base: the base's coefficient where 'fixed': 1 is the local model, 0 the friend.
+    lambda_base: the base's coefficient where 'fixed', and what 'grad', 'layer' and `one_standard_error` lean to: 1 is
+      the local model, 0 the friend.
     lambda_head: the head's.
   """
+  if coupled and interpolation in ("layer", "output", "fixed"):
+    raise InputError(
+      f"ap_fl_coupled: got true with interpolation={interpolation}, accepted is it with grid, grad, size"
+    )
+  if friend == "peer" and task.num_clients > peers.MOST:
+    raise InputError(
+      f"ap_fl_friend: got 'peer' with num_clients={task.num_clients}, accepted are at most {peers.MOST}: the server"
+      " keeps a model of each"
+    )
   if friend_steps > task.sgd.personal_steps:
     raise InputError(
       f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to personal_steps={task.sgd.personal_steps}"
@@ -146,10 +174,12 @@ def ap_fl(
     raise InputError(
       "ap_fl_unseen: got 'generator_head', accepted is it with source image or feature and tier s0 or s1"
     )
-  model, num_classes = task.model, task.num_classes
+  if unseen != "none" and interpolation == "output":
+    raise InputError(
+      f"ap_fl_unseen: got {unseen!r} with interpolation output, whose models have two bases; not accepted"
+    )
   origin = sources.source(task, source)
   offered = sources.banked(origin) if ship == "bank" else origin
-  held_out = max(1, synthetic_examples // 4)
   rounds = server.federated(
     task,
     origin,
@@ -181,100 +211,35 @@ def ap_fl(
       memory=memory,
       memory_patience=memory_patience,
       mask_softmax=mask_softmax,
-      unseen=Settings(unseen, unseen_gate, unseen_keep, unseen_penalty),
+      mixing=mixing,
+      staleness_exponent=staleness_exponent,
+      keep_models=friend == "peer",
+      unseen=UnseenSettings(unseen, unseen_gate, unseen_keep, unseen_penalty),
     ),
   )
-
-  # --- the returning client -------------------------------------------------------------------------------------------
-
-  def personalize(download, client, data, visit, key):
-    del client, visit
-    shared = download.shared
-    # The local model takes the key as fine-tuning does: the two are then the same model to the bit.
-    friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, APART), 3)
-    histogram, classes = server.own_classes(task, shared, data)
-    softmax = classes if mask_softmax else None
-    loss = training.classification_loss(task, softmax)
-    local = training.fine_tune(task, loss, shared.start, data, task.sgd.personal_steps - friend_steps, key)
-
-    # Synthetic examples: half by the client's own labels, half uniform, as far as they are trusted (2.8).
-    own = jnp.sqrt(histogram) / jnp.maximum(jnp.sum(jnp.sqrt(histogram)), 1e-12)
-    request = shared.trust * (0.5 * own + 0.5 / jnp.sum(classes))
-    request = jnp.where(jnp.sum(request) > 0, request, classes.astype(jnp.float32))
-    label = random.categorical(label_key, request, (synthetic_examples + held_out,))
-    made = offered.sample(shared.source, label, sample_key)
-    synthetic = training.Batch(made, jax.nn.one_hot(label, num_classes), shared.trust[label])
-
-    real_batch = training.batches(task, data, data.train, friend_key)
-    batch_size = task.sgd.batch_size
-    # With nothing to be trusted the friend learns from real data alone, at the full rate.
-    share = jnp.where(jnp.any(shared.trust > 0), beta, 0.0)
-
-    def friend_loss(params, step):
-      real = real_batch(step)
-      rows = (step * batch_size + jnp.arange(batch_size)) % synthetic_examples
-      made = jax.tree.map(lambda x: x[rows], synthetic)
-      logits = offered.logits(model, params, real.images, made.images)
-      own, trusted = (training.batch_cross_entropy(x, b, softmax) for x, b in zip(logits, (real, made), strict=True))
-      trusted = jnp.where(made.mask > 0, made.mask * trusted, 0.0)
-      return (1 - share) * training.batch_mean(own, real) + share * jnp.mean(trusted)
-
-    steps = jnp.where(data.train.size > 0, friend_steps, 0)
-    friend = training.descend(friend_loss, shared.start, steps, task.sgd.learning_rate, cosine=True)
-
-    if interpolation == "fixed":
-      return personal_answers(shared, interpolate(local, friend, lambda_base, lambda_head), data, classes)
-    personal = choose(
-      selection(data, softmax, jax.tree.map(lambda x: x[synthetic_examples:], synthetic)),
-      local,
-      friend,
-      shared.start,
-      points=grid_points,
-      on_grid=(interpolation == "grid") & (data.validation.size >= _MANY_VALIDATION),
-      pair=by_size(data.train.size),
-      guarded=data.validation.size > 0,
-    )
-    return personal_answers(shared, personal, data, classes)
-
-  def personal_answers(shared, params, data, classes):
-    reading = shared.reading
-    if isinstance(reading, Reading):
-      reading = for_client(model, reading, lambda images: training.predict(model, params, images), data, classes)
-    return Answering(params, classes, reading)
-
-  def predict(chosen, images):
-    prediction = training.predict(model, chosen.params, images)
-    if isinstance(chosen.reading, Reading):
-      return placed(model, chosen.reading, prediction, chosen.answers)
-    # Lowered and not removed: among the classes left out the order stays, for the restricted score.
-    return prediction._replace(logits=prediction.logits - _LEFT_OUT * ~chosen.answers)
-
-  def selection(data, softmax, synthetic):
-    """J(base, heads) = CE on real validation examples + rho * trusted CE on held-out synthetic ones, [P]."""
-    block = 64
-
-    def summed(features, heads, batch):
-      logits = jax.vmap(lambda head: model.head(head, features))(heads)
-      each = jax.vmap(lambda x: training.batch_cross_entropy(x, batch, softmax))(logits)
-      return jnp.where(batch.mask > 0, each, 0.0) @ batch.mask
-
-    def objective(base, heads):
-      def add(i, total):
-        batch = training.gather(data.store, data.validation, i * block + jnp.arange(block), num_classes)
-        features, _ = model.base(base, batch.images)
-        return total + summed(features, heads, batch._replace(logit_offset=data.logit_offset))
-
-      points = jax.tree.leaves(heads)[0].shape[0]
-      blocks = (data.validation.size + block - 1) // block
-      real = jax.lax.fori_loop(0, blocks, add, jnp.zeros(points)) / jnp.maximum(data.validation.size, 1)
-      return real + rho * summed(offered.features(model, base, synthetic.images), heads, synthetic) / held_out
-
-    return objective
-
+  settings = returning.Settings(
+    mask_softmax=mask_softmax,
+    friend=friend,
+    friend_steps=friend_steps,
+    beta=beta,
+    distill=distill,
+    lambda_kd=lambda_kd,
+    temperature=temperature,
+    request=request,
+    synthetic_examples=synthetic_examples,
+    interpolation=interpolation,
+    coupled=coupled,
+    one_standard_error=one_standard_error,
+    grid_points=grid_points,
+    rho=rho,
+    lambda_base=lambda_base,
+    lambda_head=lambda_head,
+  )
   return rounds._replace(
-    predict=predict,
+    predict=partial(returning.predict, task.model),
     global_model=lambda held: Answering(server.answer_of(held), held.counts >= n_min, held.reading),
-    personalize=personalize,
+    personalize=returning.client(task, offered, settings),
+    describe=returning.describe,
   )
 
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from apfl_jax import training
-from apfl_jax.algorithms.ap_fl import generation, sources, statistics, unseen
+from apfl_jax.algorithms.ap_fl import generation, peers, sources, statistics, unseen
 from apfl_jax.algorithms.ap_fl.sources import Source
 from apfl_jax.algorithms.ap_fl.state import Kept, Memory, Sent, Server, Shared, Trained
 from apfl_jax.algorithms.ap_fl.statistics import Statistics
 from apfl_jax.algorithms.fedavg import fedavg
+from apfl_jax.algorithms.staleness import polynomial
 from apfl_jax.types import Algorithm, Array, Data, Download, Key, Params, PyTree, Task, Upload
 
 SCHEDULES = ("round", "final")
@@ -54,6 +55,9 @@ class Settings(NamedTuple):
   memory: str
   memory_patience: int
   mask_softmax: bool
+  mixing: Array | float
+  staleness_exponent: Array | float
+  keep_models: bool
   unseen: unseen.Settings
 
 
@@ -101,6 +105,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       trust=jnp.zeros(num_classes),
       memory=(),
       reading=unseen.nothing_read(task, settings.unseen, params.head) if reads else (),
+      peers=peers.nobody(params, task.num_clients) if settings.keep_models else (),
     )
     if remembers:
       average = copied(drawn.average) if source.learns else ()
@@ -111,7 +116,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   def download(server):
     shipped = server.bank if settings.ship == "bank" else source.ship(weights(server), server.statistics)
     answer = answer_of(server) if remembers else ()
-    return Download(Shared(server.params, answer, seen(server), shipped, server.trust, server.reading))
+    return Download(Shared(server.params, answer, seen(server), shipped, server.trust, server.reading, server.peers))
 
   def local_update(download, client, data, visit, key):
     shared = download.shared
@@ -119,7 +124,8 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     loss = training.classification_loss(task, classes if settings.mask_softmax else None)
     steps = training.num_steps(task.sgd, data.train.size, visit.work)
     params = training.local_sgd(task, loss, shared.params, data, steps, key)
-    delta = jax.tree.map(lambda new, old: new - old, params, shared.params)
+    counts = settings.mixing * polynomial(visit.staleness, settings.staleness_exponent)
+    delta = jax.tree.map(lambda new, old: counts * (new - old), params, shared.params)
     weight = training.weight(task.sgd, data.train.size)
     layers, by_class = (), ()
     if tier == "s0":
@@ -133,7 +139,8 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     if tier == "s2":
       sums = statistics.sums_by_class(task, params, data)
       by_class = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-12), sums)
-    return client, Upload(Sent(delta, layers, by_class), weight, Kept(histogram, visit.round))
+    kept = Kept(histogram, visit.round, params if settings.keep_models else ())
+    return client, Upload(Sent(delta, layers, by_class), weight, kept)
 
   def aggregate(server, received, key):
     new = received.arrived & ~server.counted[received.ids]
@@ -150,6 +157,9 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       counted=server.counted.at[received.ids].max(new),
       statistics=known,
     )
+    if isinstance(server.peers, peers.Peers):
+      kept = peers.remember(server.peers, received.kept.params, received.ids, received.arrived)
+      server = server._replace(peers=kept)
     last = jnp.max(received.kept.round) + 1 >= task.rounds
     if remembers:
       server = remember(server, jnp.any(counts > 0, axis=0))
@@ -261,7 +271,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     return filled(server._replace(trust=trust), jax.random.fold_in(trust_key, APART))
 
   def read(server: Server, samples: Array | None, key: Key) -> unseen.Reading:
-    """What the server makes of unseen classes; from real features where it has them, else from samples."""
+    """What the server makes of unseen classes: from real features where it has them, else from samples."""
     known, params = seen(server), answer_of(server)
     if isinstance(server.statistics.classes, statistics.ByClass):
       real = server.statistics.classes.mean.features

@@ -2,9 +2,25 @@
 
 from typing import NamedTuple
 
+from apfl_jax.algorithms.ap_fl.interpolation import Choice
+from apfl_jax.algorithms.ap_fl.peers import Peers
 from apfl_jax.algorithms.ap_fl.statistics import ByClass, Moments, Statistics
 from apfl_jax.algorithms.ap_fl.unseen import Reading
 from apfl_jax.types import Array, Params, PyTree
+
+
+class Pair(NamedTuple):
+  """Two classifiers whose probabilities are mixed.
+
+  Attributes:
+    local: L.
+    friend: F.
+    share: float32 [], of L.
+  """
+
+  local: Params
+  friend: Params
+  share: Array
 
 
 class Answering(NamedTuple):
@@ -14,14 +30,16 @@ class Answering(NamedTuple):
   answer with them at random. They are left out until something says that they can be trusted.
 
   Attributes:
-    params: the classifier.
+    params: the classifier, or two.
     answers: bool [C].
-    reading: what says so, and how it then answers with the others; () for never.
+    reading: how it answers with the others; () for never.
+    choice: how a personal model came about; () of the global model.
   """
 
-  params: Params
+  params: Params | Pair
   answers: Array
   reading: Reading | tuple[()] = ()
+  choice: Choice | tuple[()] = ()
 
 
 class Shared(NamedTuple):
@@ -34,7 +52,8 @@ class Shared(NamedTuple):
     seen: bool [C], classes that some client held whose upload ever arrived.
     source: what `Source.sample` needs, or a bank of its samples.
     trust: float32 [C] in [0, 1], how far synthetic samples of a class are to be believed; 0 where unseen.
-    reading: how to answer with classes that nobody taught; ().
+    reading: how to answer with classes that nobody taught, or ().
+    peers: other clients' models, for the friend `peer`; () otherwise.
   """
 
   params: Params
@@ -43,6 +62,7 @@ class Shared(NamedTuple):
   source: PyTree
   trust: Array
   reading: Reading | tuple[()]
+  peers: Peers | tuple[()] = ()
 
   @property
   def start(self) -> Params:
@@ -104,7 +124,8 @@ class Server(NamedTuple):
     bank: samples that clients download instead of weights, or ().
     trust: float32 [C].
     memory: Memory, or ().
-    reading: how to answer with classes that nobody taught, or ().
+    reading: see `Shared`.
+    peers: see `Shared`.
   """
 
   params: Params
@@ -117,6 +138,7 @@ class Server(NamedTuple):
   trust: Array
   memory: Memory | tuple[()]
   reading: Reading | tuple[()]
+  peers: Peers | tuple[()] = ()
 
 
 class Sent(NamedTuple):
@@ -139,7 +161,9 @@ class Kept(NamedTuple):
   Attributes:
     histogram: float32 [C], the client's training examples of each class; under tier s0, 1 for what its update shows.
     round: int32 [], the round of the upload.
+    params: its model, for the friend `peer`; () otherwise.
   """
 
   histogram: Array
   round: Array
+  params: Params | tuple[()] = ()
