@@ -230,12 +230,13 @@ LOST = 3  # the class of `fast` that nobody holds
 
 
 def lost_inputs():
+  """Everybody has examples of other classes in place of those of the lost one."""
   inputs = tasks.inputs("ap_fl")
-  store = inputs.federation.store
-  train = np.asarray(store.index)[: int(inputs.pooled.start)]
-  labels = np.asarray(store.labels).copy()
-  labels[train] = np.where(labels[train] == LOST, 0, labels[train])
-  federation = inputs.federation._replace(store=store._replace(labels=jnp.asarray(labels)))
+  store, start = inputs.federation.store, int(inputs.pooled.start)
+  index, labels = np.asarray(store.index).copy(), np.asarray(store.labels)
+  lost = np.flatnonzero(labels[index[:start]] == LOST)
+  index[lost] = np.resize(index[:start][labels[index[:start]] != LOST], len(lost))
+  federation = inputs.federation._replace(store=store._replace(index=jnp.asarray(index)))
   return inputs._replace(federation=federation, settings=inputs.settings | {"embeddings": FAST})
 
 

@@ -176,7 +176,7 @@ def ap_fl(
     )
   if unseen != "none" and interpolation == "output":
     raise InputError(
-      f"ap_fl_unseen: got {unseen!r} with interpolation output, whose models have two bases; not accepted"
+      f"ap_fl_unseen: got {unseen!r} with interpolation output, whose models have two bases, accepted is it with others"
     )
   origin = sources.source(task, source)
   offered = sources.banked(origin) if ship == "bank" else origin
