@@ -159,11 +159,11 @@ def kept(path: Path, ready: job.Job, simulator: Any) -> Base:
 
 
 @jax.jit
-def _judge(table: jax.Array, base: Base, penalty: float, keep: float) -> Any:
-  seen: Any = base.seen
-  found = unseen.prototypes(table, jnp.asarray(base.means), seen, penalty)
-  accuracy = unseen.table_accuracy(table, jnp.asarray(base.examples), seen, penalty)
-  raw = unseen.cosine_scores(jnp.asarray(base.examples), found)
+def _judge(table: jax.Array, base: Any, penalty: float, keep: float) -> dict[str, jax.Array]:
+  seen = base.seen
+  found = unseen.prototypes(table, base.means, seen, penalty)
+  accuracy = unseen.table_accuracy(table, base.examples, seen, penalty)
+  raw = unseen.cosine_scores(base.examples, found)
   reading = unseen.read(raw, seen, found, accuracy, unseen.Settings("prototypes", 0.0, keep, penalty))
   scores = unseen.cosine_scores(base.test, found) / reading.unit
   everything = jnp.ones_like(seen)
