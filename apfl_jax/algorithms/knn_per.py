@@ -6,9 +6,10 @@
 
 The distance is the squared one, which is what the official code's index returns and its kernel takes [C]. The trap
 avoided (method 3.1 [C]): its script sweeps lambda and capacity on test data; here lambda_m is the point of a grid with
-the least cross-entropy on the client's validation examples, and the setting `share` where it has none; sigma can be
-chosen with it (`tune_scale`) [O]. A client with
-more examples than the datastore takes stores a random subset. It costs no SGD step: `personal_steps` are not spent.
+the least cross-entropy on the client's validation examples, and the setting `share` where it has none. Sigma is chosen
+with it among .1, 1 and 10: the official code's 1 [C] is 1.5 points worse on digits, 1.0 with nobody dropping [P]. A
+client with more examples than the datastore takes stores a random subset. It costs no SGD step: `personal_steps` are
+not spent.
 
 Logits are log p_m. p_kNN holds the client's prior p by its nature, theta under `--readout=prior` does not: there a
 neighbour's vote counts 1 / p(y_j), so that log p_m + log p is again an answer for the client's own distribution; by its
@@ -67,7 +68,7 @@ def knn_per(
   *,
   neighbours: Annotated[int, Limits(least=1)] = 10,
   scale: Positive = 1.0,
-  tune_scale: bool = False,
+  tune_scale: bool = True,
   capacity: Annotated[int, Limits(least=1)] = 1024,
   choice: Annotated[str, Limits(choices=CHOICES)] = "validation",
   share: Share = 0.5,

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apfl_jax import algorithms
-from apfl_jax.algorithms.ap_fl import Shared, peers, returning
+from apfl_jax import algorithms, metrics, nn, training
+from apfl_jax.algorithms.ap_fl import Shared, peers, returning, sources
 from apfl_jax.algorithms.ap_fl.sources import Source
 from apfl_jax.algorithms.ap_fl.state import Pair
 from apfl_jax.errors import InputError
-from apfl_jax.types import Download, Model, Params, Span
+from apfl_jax.types import Data, Download, LocalSGD, Model, Params, Span, Task
 from tests import linear, tasks
 
 # A client with three examples of class 0 and three of class 1; class 2 was not taught, so softmax and answers leave it.
@@ -377,6 +377,45 @@ def test_a_client_without_examples_before_anything_was_taught_gets_the_global_mo
   params = model.params
   for part in (params.local, params.friend) if isinstance(params, Pair) else (params,):
     close(part, START)
+
+
+@functools.cache
+def trained():
+  """(task, inputs, global model) of two clients on `fast` after some rounds of FedAvg."""
+  inputs = tasks.inputs("fedavg", 2)
+  model = nn.classifier("mlp", tasks.IMAGE_SHAPE, tasks.NUM_CLASSES)
+  sgd = LocalSGD(jnp.float32(tasks.LEARNING_RATE), tasks.BATCH_SIZE, 1, tasks.STEPS, 100, "examples", "none")
+  task = Task(2, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE, inputs.settings["embeddings"], model, sgd, jnp.int32(5))
+  return task, inputs, tasks.run(tasks.simulator("fedavg", 2), inputs, 5).server
+
+
+def accuracy(**settings):
+  """Of both clients' personal models on their own test examples, with noise for synthetic examples, wholly trusted."""
+  task, inputs, params = trained()
+  everything = jnp.ones(tasks.NUM_CLASSES)
+  shared = Shared(params, (), everything > 0, (), everything)
+  values = {name: algorithms.settings("ap_fl")[name].default for name in returning.Settings._fields} | settings
+  personalize = returning.client(
+    task, sources.source(task, "noise"), returning.Settings(**values | {"friend_steps": 50})
+  )
+
+  def one(id):
+    at = lambda span: Span(span.start[id], span.size[id])
+    data = Data(inputs.federation.store, at(inputs.federation.train), at(inputs.federation.validation))
+    model = personalize(Download(shared), (), data, linear.visit(0), jax.random.key(0))
+    answer = functools.partial(returning.predict, task.model, model)
+    return training.evaluate(answer, data.store, at(inputs.federation.test), tasks.NUM_CLASSES).confusion
+
+  return metrics.accuracy(np.asarray(jax.jit(lambda ids: jax.lax.map(one, ids))(jnp.arange(2))))
+
+
+def test_interpolation_protects_from_a_friend_that_learned_noise():
+  """Claim A7 of method 5."""
+  alone = {"interpolation": "fixed", "friend": "synthetic"}
+  local = accuracy(**alone, lambda_base=1.0, lambda_head=1.0)
+  friend = accuracy(**alone, lambda_base=0.0, lambda_head=0.0)
+  assert (friend < local - 0.05).all()
+  assert (accuracy(friend="synthetic") >= local - 0.01).all()
 
 
 @pytest.mark.parametrize("interpolation", ["layer", "output", "fixed"])

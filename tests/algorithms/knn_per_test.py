@@ -14,7 +14,7 @@ IMAGES = np.float32(linear.IMAGES / 255)
 
 def personal(id, *, size=None, validation=None, **settings):
   """(model, probabilities of all images) of a client that never took part."""
-  algorithm = knn_per(linear.task(), **settings)
+  algorithm = knn_per(linear.task(), **({"tune_scale": False} | settings))
   download = algorithm.download(algorithm.init(jax.random.key(0)))
   data = linear.data(id, size)
   if validation is not None:

@@ -160,7 +160,7 @@ def test_knn_per_gives_back_the_votes_of_its_neighbours_with_the_prior():
 
 
 def test_knn_per_chooses_by_the_likelihood_under_the_prior():
-  algorithm = algorithms.knn_per(linear.task(), neighbours=5)
+  algorithm = algorithms.knn_per(linear.task(), neighbours=5, tune_scale=False)
   download = algorithm.download(algorithm.init(jax.random.key(0)))
   share = np.array([4.0, 1.0, 3.0]) / 8
   data = linear.data(2)._replace(logit_offset=jnp.log(jnp.float32(share)))

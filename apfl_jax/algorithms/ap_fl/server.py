@@ -15,7 +15,7 @@ from apfl_jax import training
 from apfl_jax.algorithms.ap_fl import generation, peers, sources, statistics, unseen
 from apfl_jax.algorithms.ap_fl.sources import Source
 from apfl_jax.algorithms.ap_fl.state import Kept, Memory, Sent, Server, Shared, Trained
-from apfl_jax.algorithms.ap_fl.statistics import Statistics
+from apfl_jax.algorithms.ap_fl.statistics import ByClass, Moments, Statistics
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.staleness import polynomial
 from apfl_jax.types import Algorithm, Array, Data, Download, Key, Params, PyTree, Task, Upload
@@ -29,6 +29,7 @@ _READ_SAMPLES = 30  # a class, drawn around real mean features
 _TRUST_SAMPLES = 16  # a class, for the mean teacher probability
 _CONFIDENT, _PATIENCE = 0.95, 5  # early stop (method 6.2): mean trust, and rounds without a smaller loss
 _MODULATION = ("encode", "film")  # the parts of a generator that say what a class is
+_STUDENT_RATE = 0.01  # of its SGD, as of the global model's in DFRD [C]
 _REMEMBERED = 128  # samples a class that the memory is distilled on (method 8.2 [P])
 _MEMORY_STEPS, _MEMORY_RATE, _MEMORY_SOFT = 60, 0.01, 2.0  # method 8.2 [P]; the rate is Adam's
 
@@ -127,7 +128,8 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     counts = settings.mixing * polynomial(visit.staleness, settings.staleness_exponent)
     delta = jax.tree.map(lambda new, old: counts * (new - old), params, shared.params)
     weight = training.weight(task.sgd, data.train.size)
-    layers, by_class = (), ()
+    layers: tuple[Moments, ...] = ()
+    by_class: ByClass | tuple[()] = ()
     if tier == "s0":
       # What the server reads off the update. Said here because the whole update is not kept client by client.
       histogram = statistics.held_classes(task, delta).astype(jnp.float32)
@@ -194,7 +196,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     step_key, _ = jax.random.split(key)  # the other one is for `renew`
     trained, known, unseen_on = server.source, seen(server), asked(server)
     counts = jnp.where(known, 1.0 if tier == "s0" else server.counts, 0.0)
-    past = generation.Past(gone(server), server.memory.params, server.memory.average) if remembers else ()
+    past = generation.Past(gone(server), _memory(server).params, _memory(server).average) if remembers else ()
 
     def step(i, carry):
       params, state, average, student, total = carry
@@ -241,7 +243,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     answer = lambda params: model.head(params.head, source.features(model, params.base, samples))
     target = answer(teacher)
     apart = lambda params: jnp.sum(counted * generation.divergence(answer(params), target, classes)) / jnp.sum(counted)
-    return jax.tree.map(lambda w, g: w - task.sgd.learning_rate * g, student, jax.grad(apart)(student))
+    return jax.tree.map(lambda w, g: w - _STUDENT_RATE * g, student, jax.grad(apart)(student))
 
   def stopped(server: Server) -> Array:
     """bool []: whether its samples are recognised and its loss no longer falls (method 6.2)."""
@@ -259,7 +261,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       answer = lambda params: model.head(params.head, source.features(model, params.base, samples))
       logits = answer(server.params)
       if remembers:
-        logits = jnp.where(gone(server)[label][:, None], answer(server.memory.params), logits)
+        logits = jnp.where(gone(server)[label][:, None], answer(_memory(server).params), logits)
       logits = jnp.where(known | asked(server), logits, -jnp.inf)
       probability = jnp.take_along_axis(jax.nn.softmax(logits), label[:, None], axis=1)
       trust = jnp.where(known, jnp.mean(probability.reshape(_TRUST_SAMPLES, num_classes), axis=0), 0.0)
@@ -294,11 +296,11 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
 
   def gone(server: Server) -> Array:
     """bool [C]: classes in the memory that no client which arrived has held for a while; nobody tells the server."""
-    return server.memory.classes & (server.memory.absent >= settings.memory_patience)
+    return _memory(server).classes & (_memory(server).absent >= settings.memory_patience)
 
   def remember(server: Server, held: Array) -> Server:
     """Notes who is there, and keeps the model while all classes seen so far are; `held` bool [C]."""
-    memory, known = server.memory, seen(server)
+    memory, known = _memory(server), seen(server)
     complete = jnp.all(held | ~known)
     pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(complete, a, b), new, old)
     server = server._replace(
@@ -313,12 +315,12 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     if settings.memory not in ("average", "both"):
       return server
     share = jnp.where(jnp.any(gone(server)), 0.5, 0.0)
-    answer = jax.tree.map(lambda w, old: (1 - share) * w + share * old, server.params, server.memory.params)
-    return server._replace(memory=server.memory._replace(answer=answer))
+    answer = jax.tree.map(lambda w, old: (1 - share) * w + share * old, server.params, _memory(server).params)
+    return server._replace(memory=_memory(server)._replace(answer=answer))
 
   def distil(server: Server, key: Key) -> Server:
     """The answering head after distillation on samples: classes that left from the old model, others from the new."""
-    memory, known = server.memory, seen(server)
+    memory, known = _memory(server), seen(server)
     label = jnp.repeat(jnp.arange(num_classes), _REMEMBERED)
     samples = source.sample(source.ship(weights(server), server.statistics), label, key)
     answer = lambda params: model.head(params.head, source.features(model, params.base, samples))
@@ -353,6 +355,11 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
 def answer_of(server: Server) -> Params:
   """The model that the server answers with."""
   return server.memory.answer if isinstance(server.memory, Memory) else server.params
+
+
+def _memory(server: Server) -> Memory:
+  assert isinstance(server.memory, Memory)
+  return server.memory
 
 
 def weights(server: Server) -> PyTree:
