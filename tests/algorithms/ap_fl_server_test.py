@@ -354,7 +354,7 @@ def test_controls_are_believed_wholly_and_nothing_is_not(name, trust):
 
 
 def test_the_server_notices_who_left_and_answers_with_what_it_was():
-  rounds = Rounds(make_task(rounds=6), memory="average", memory_patience=2, source="noise")
+  rounds = Rounds(make_task(rounds=9), memory="average", memory_patience=2, source="noise")
   rounds.step([5, 5, 5, 0], 0.1)
   then = tasks.on_host(rounds.step([5, 5, 5, 0], 0.1).params)
   tasks.assert_same(rounds.server.memory.params, then)
@@ -370,6 +370,10 @@ def test_the_server_notices_who_left_and_answers_with_what_it_was():
   back = rounds.step([5, 5, 5, 0], 0.1)
   tasks.assert_same(back.memory.answer, back.params)  # it is there again: nothing is remembered
   tasks.assert_same(back.memory.params, back.params)
+  # Clients that come by turns are not gone, and are remembered together without ever having been there together.
+  for turn in range(3):
+    rounds.step([5, 5, 0, 0] if turn % 2 else [0, 0, 5, 5], 0.1)
+  assert np.asarray(rounds.server.memory.classes).all()
 
 
 def test_the_last_round_distils_what_left_back_into_the_head():

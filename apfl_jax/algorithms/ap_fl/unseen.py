@@ -289,9 +289,8 @@ def around(mean: Array, square: Array, count: int, key: Key) -> Array:
 def nothing_read(task: Task, settings: Settings, head: PyTree) -> Reading:
   """A reading of the right shapes that answers with no unseen class."""
   blank = jnp.zeros((task.num_classes, 2, num_features(task)))
-  shapes = jax.eval_shape(
-    lambda *x: fit(task, settings, *x, jnp.zeros(task.num_classes, bool)), head, blank, blank[:, 0]
-  )
+  nobody = jnp.zeros(task.num_classes, bool)
+  shapes = jax.eval_shape(lambda head: fit(task, settings, head, blank, blank[:, 0], nobody), head)
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(unit=jnp.ones(()))
 
 
