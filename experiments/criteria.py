@@ -435,18 +435,11 @@ def a9(evidence: Evidence) -> list[Row]:
 _LATE = {"dropout": "late", "drop_rate": "0.3", "leave_at": 0.5, "rounds": 80}  # as in pilot 8.2
 
 
-def _memory() -> dict[str, Any]:
-  """With what AP-FL keeps classes that left: its first kind that is not `none`."""
-  setting = algorithms.settings("ap_fl").get("memory")
-  kept = [choice for choice in setting.limits.choices if choice != "none"] if setting else []
-  return {"ap_fl_memory": kept[0] if kept else "bank"}
-
-
 _LEFT = {
   "FedAvg": of("fedavg", **_LATE),
   "FedAvg + mask": of("fedavg", softmax_mask="present", **_LATE),
   "AP-FL + mask": of("ap_fl", softmax_mask="present", **_LATE),
-  "AP-FL + mask + memory": of("ap_fl", softmax_mask="present", **_memory(), **_LATE),
+  "AP-FL + mask + memory": of("ap_fl", softmax_mask="present", ap_fl_memory="both", **_LATE),
 }
 
 

@@ -418,7 +418,8 @@ def _write_clients(
   def cells(values: np.ndarray) -> list[str]:
     everyone = np.full(len(result.dropped), np.nan)
     everyone[result.rows] = values
-    return ["" if np.isnan(value) else repr(float(value)) for value in everyone]
+    kind = int if np.issubdtype(values.dtype, np.integer) else float
+    return ["" if np.isnan(value) else repr(kind(value)) for value in everyone]
 
   columns: dict[str, Iterable[Any]] = {
     "client": np.asarray(federation.id),
@@ -435,11 +436,17 @@ def _write_clients(
     "pooled_accuracy": cells(metrics.accuracy(result.personal_scores.pooled)),
     "reweighted_accuracy": cells(_reweighted(result, arrays["histogram"])),
     **{name: [f"{value:.0f}" for value in values] for name, values in costs._asdict().items()},
+    **{name: cells(values) for name, values in _described(result).items() if values.ndim == 1},
   }
   with replacing(path) as temporary, open(temporary, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _described(result: simulation.Result) -> dict[str, np.ndarray]:
+  """What the method tells of the personal models, [R, ...] by name."""
+  return {name: np.asarray(values) for name, values in dict(result.personal_scores.described).items()}
 
 
 def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
@@ -457,17 +464,14 @@ def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
   }
   if result.pooled_confusion is not None:
     arrays["pooled_confusion"] = result.pooled_confusion(np.ones(len(job.dataset.class_names), bool))
-  sample = algorithms.METHODS[job.config.algorithm].samples
-  if sample is not None:
-
-    @jax.jit
-    def draw(settings, server, seed):
-      return sample(job.task(settings), server, random.key(seed, random.Purpose.REPORT), _SAMPLES)
-
-    images = np.asarray(draw(job.inputs.settings, result.state.server, job.inputs.seed))
-    arrays["samples"] = np.round(images * 255).astype(np.uint8)
-  else:
+  for name, values in _described(result).items():
+    if values.ndim > 1:  # a model that diverged has nothing to tell
+      arrays[name] = np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
+  images = judge.samples(job, result, _SAMPLES, random.Purpose.REPORT)
+  if images is None:
     del arrays["real"]
+  else:
+    arrays["samples"] = images
   return arrays
 
 
@@ -559,7 +563,7 @@ def _summary(
     "planned_memory_bytes": result.plan.host if result.plan.shared else result.plan.device,
     "device": f"{devices} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
     "versions": versions(),
-    "commit": _commit(),
+    "commit": commit(),
     "finished": True,
   }
 
@@ -589,7 +593,7 @@ def versions() -> dict[str, str]:
   return {"apfl_jax": apfl_jax.__version__, "python": platform.python_version(), **found}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
   """The commit of the checkout that runs, with a + if it was changed; None outside one."""
   here = Path(__file__).parent
   git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout

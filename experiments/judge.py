@@ -102,10 +102,10 @@ def measure(job: Any, result: simulation.Result, seen: np.ndarray) -> tuple[dict
     "distance_auc": None,
     "loss_auc": _loss_auc(job, result, members, others),
   }
-  if entry.samples is None:
+  made = samples(job, result, config.judge, random.Purpose.JUDGE, _SAMPLES)
+  if made is None:
     return {"samples": None, "privacy": privacy}, {}
 
-  made = _samples(job, result, config.judge)  # uint8 [C, n, ...]
   images, labels = made.reshape(-1, *made.shape[2:]), np.repeat(np.arange(num_classes), config.judge)
   tests = np.flatnonzero(dataset.test_labels >= 0)
   test_images, test_labels = dataset.test_images[tests], dataset.test_labels[tests]
@@ -157,16 +157,20 @@ def measure(job: Any, result: simulation.Result, seen: np.ndarray) -> tuple[dict
   return {"samples": section, "privacy": privacy}, arrays
 
 
-def _samples(job: Any, result: simulation.Result, count: int) -> np.ndarray:
-  """uint8 [C, count, ...]: as images are stored, so that rounding tells no sample from an image."""
+def samples(
+  job: Any, result: simulation.Result, count: int, purpose: random.Purpose, *numbers: int
+) -> np.ndarray | None:
+  """uint8 [C, count, ...]: what a run's generator draws, as images are stored; None where it has none."""
   sample: Any = algorithms.METHODS[job.config.algorithm].samples
+  if sample is None:
+    return None
 
   @jax.jit
-  def draw(settings: PyTree, server: PyTree, seed: Array) -> Array:
-    return sample(job.task(settings), server, random.key(seed, random.Purpose.JUDGE, _SAMPLES), count)
+  def draw(settings: PyTree, server: PyTree, seed: Array) -> Array | None:
+    return sample(job.task(settings), server, random.key(seed, purpose, *numbers), count, **job.config.settings)
 
-  images = np.asarray(draw(job.inputs.settings, result.state.server, job.inputs.seed))
-  return np.round(images * 255).astype(np.uint8)
+  images = draw(job.inputs.settings, result.state.server, job.inputs.seed)
+  return None if images is None else np.round(np.asarray(images) * 255).astype(np.uint8)
 
 
 def _apart(

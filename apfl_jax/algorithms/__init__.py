@@ -53,7 +53,8 @@ class Method(NamedTuple):
     group: under which heading tables list it, a key of `GROUPS`.
     keeps: what stays on the client between visits.
     head: the classifier's head that `--head=auto` gives it.
-    samples: (task, server, key, count) -> images [C, count, ...] in [0, 1], if it has a generator.
+    samples: (task, server, key, count, **settings) -> images [C, count, ...] in [0, 1], if it has a generator; None
+      where these settings of the method let it make none.
     trust: (server) -> float [C] in [0, 1], how far it believes samples of each class, if it says so.
     pools: whether its clients train on all clients' examples, see `data.pooled`.
   """

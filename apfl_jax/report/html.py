@@ -88,7 +88,16 @@ _CAPTIONS = {
     "Each row is the true class of pooled test images, each column what the global model said, in percent of the row. "
     "A good model is dark on the diagonal. A star marks classes that no client ever taught it.",
   ),
+  "surface": (
+    "Where clients stand between their two models",
+    "A personal model lies between a local model, trained on the client's own examples, and a friend, which also "
+    "learned from the server; one coefficient mixes their bases and another their heads. The shade is what a pair of "
+    "coefficients costs on validation examples, real and synthetic, beyond the best pair, mean over clients: the paler "
+    "the better. A dot is what a client chose, beside it where several chose the same.",
+  ),
 }
+
+_HIGH_BARRIER = 0.2  # nats (method 2.9 [O])
 
 
 def write(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -163,7 +172,7 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
   parts = [
     f"<h1>{title}</h1>",
     f'<p class="lead">{html.escape(_setting(run))}</p>',
-    *_notes(run.summary),
+    *_notes(run),
     "<h2>Test accuracy</h2>",
     _results(run.summary),
     "<p>In percent; means over clients. A dropped client never took part in training or left for good; a monopolist "
@@ -213,14 +222,20 @@ def _setting(run: runs.Run) -> str:
   return "; ".join(filter(None, parts)) + "."
 
 
-def _notes(summary: Mapping[str, Any]) -> list[str]:
-  notes = []
+def _notes(run: runs.Run) -> list[str]:
+  notes, summary = [], run.summary
   if summary.get("finished") is False:
     notes.append(
       '<p class="note"><strong>This run did not finish</strong>; the numbers are those of its last evaluation.</p>'
     )
   if summary.get("readout") == "prior":
     notes.append(f'<p class="note">{html.escape(tables.PRIOR)}</p>')
+  if hills := int((run.clients.barrier > _HIGH_BARRIER).sum()):
+    notes.append(
+      f'<p class="note"><strong>{tables.counted(hills, "client")}</strong> lost more than {_HIGH_BARRIER} of '
+      "cross-entropy half-way between the two models that are mixed: their weights lie on two sides of a hill, and "
+      "fewer personal steps would keep them nearer.</p>"
+    )
   if summary["algorithm"] == "ap_fl":
     notes.append(
       '<p class="note">ap_fl is AP-FL, <a href="https://arxiv.org/abs/2503.00407">arXiv 2503.00407</a>: personal '

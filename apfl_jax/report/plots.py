@@ -408,6 +408,41 @@ def _trust(figure: Figure, run: Run) -> bool:
   return True
 
 
+def _surface(figure: Figure, run: Run) -> bool:
+  """The objective over both coefficients, mean over clients, and what each client chose."""
+  surface = run.arrays.get("surface")
+  if surface is None or not np.isfinite(surface).all():
+    return False
+  figure.set_size_inches(6.2, 4.8)
+  axes = figure.subplots()
+  # What a pair costs beyond the best one; the first axis of the array is the base's.
+  cost = surface.T - surface.min()
+  side = 0.5 / (len(surface) - 1)
+  image = axes.imshow(
+    cost,
+    origin="lower",
+    extent=(-side, 1 + side, -side, 1 + side),
+    cmap=_counts_map(),
+    vmax=max(float(np.quantile(cost, 0.9)), 1e-6),  # a corner far off would hide all else
+    aspect="auto",
+  )
+  figure.colorbar(image, ax=axes, pad=0.02, label="J above its least, mean over clients", extend="max")
+  clients = run.clients
+  known = np.flatnonzero(np.isfinite(clients.lambda_base) & np.isfinite(clients.lambda_head))
+  # Clients on the same point of the grid would hide each other: each stands a little beside it, on a spiral.
+  turn, radius = 2.4 * np.arange(known.size), 0.9 * side * np.sqrt((np.arange(known.size) + 0.5) / max(known.size, 1))
+  x = clients.lambda_base[known] + radius * np.cos(turn)
+  y = clients.lambda_head[known] + radius * np.sin(turn)
+  for gone, color, label in ((True, DROPPED, "dropped"), (False, PRESENT, "present")):
+    group = clients.dropped[known] == gone
+    if group.any():
+      axes.plot(x[group], y[group], "o", color=color, mec="white", ms=6 if known.size <= _MANY else 3, label=label)
+  axes.set(xlabel="coefficient of the base: 0 friend, 1 local", ylabel="coefficient of the head: 0 friend, 1 local")
+  if known.size:
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
+  return True
+
+
 FIGURES: dict[str, Callable[[Figure, Run], bool]] = {
   "curves": _curves,
   "clients": _clients,
@@ -416,6 +451,7 @@ FIGURES: dict[str, Callable[[Figure, Run], bool]] = {
   "samples": _samples,
   "trust": _trust,
   "confusion": _confusion,
+  "surface": _surface,
 }
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from apfl_jax.metrics import confusion, verification
+from apfl_jax.metrics import confusion, shared_answers, verification
 from apfl_jax.training.batches import gather, images_of
 from apfl_jax.training.losses import cross_entropy
 from apfl_jax.types import Array, HeldOut, Prediction, Span, Store
@@ -18,7 +18,7 @@ class Evaluation(NamedTuple):
   """Counts, so that any mean can be taken later.
 
   Attributes:
-    confusion: int32 [C, C], rows are true classes.
+    confusion: int32 [C, C], or float32 where some classes were asked for; rows are true classes.
     loss: float32 [], summed cross-entropy.
   """
 
@@ -36,18 +36,19 @@ def evaluate(
     store: the examples.
     span: Span [].
     num_classes: C.
-    classes: bool [C]; if given, the answer is the best of these classes only.
+    classes: bool [C]; if given, the answer is the best of these classes only, and ties are shared out.
   """
 
   def body(i, total):
     batch = gather(store, span, i * BATCH + jnp.arange(BATCH), num_classes)
     logits = predict(batch.images).logits
-    answer = jnp.argmax(logits if classes is None else jnp.where(classes, logits, -jnp.inf), axis=-1)
+    answer = jnp.argmax(logits, axis=-1) if classes is None else shared_answers(logits, classes)
     counts = confusion(jnp.argmax(batch.targets, axis=-1), answer, batch.mask > 0, num_classes)
     loss = jnp.sum(jnp.where(batch.mask > 0, cross_entropy(logits, batch.targets), 0.0))
     return Evaluation(total.confusion + counts, total.loss + loss)
 
-  empty = Evaluation(jnp.zeros((num_classes, num_classes), jnp.int32), jnp.zeros(()))
+  counted = jnp.int32 if classes is None else jnp.float32
+  empty = Evaluation(jnp.zeros((num_classes, num_classes), counted), jnp.zeros(()))
   return jax.lax.fori_loop(0, (span.size + BATCH - 1) // BATCH, body, empty)
 
 

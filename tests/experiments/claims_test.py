@@ -51,7 +51,8 @@ def found(
   }
   accuracy = np.array([value for value, *_ in clients], float)
   flags = lambda place: np.array([bool(row[place]) for row in clients], bool)
-  people = run.Clients(np.arange(len(clients)), flags(1), flags(2), accuracy, np.zeros(len(clients)))
+  blank = dict.fromkeys(run.Clients._fields, np.zeros(len(clients)))
+  people = run.Clients(**blank | {"dropped": flags(1), "monopolist": flags(2), "personal_accuracy": accuracy})
   lines = [{"round": 5 * (i + 1), "personal_accuracy": value} for i, value in enumerate(curve)]
   return Found(summary, people, lines)
 

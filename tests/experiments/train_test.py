@@ -125,6 +125,16 @@ def test_the_clients_table_agrees_with_the_summary(finished):
   assert len(summary["monopolistic_classes"]) >= 1
 
 
+def test_the_clients_table_tells_what_they_chose(finished):
+  workdir, _ = finished
+  rows = list(csv.DictReader((workdir / "clients.csv").open()))
+  assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("lambda_base", "lambda_head"))
+  assert all(row["guard"] in "0123" and np.isfinite(float(row["barrier"])) for row in rows)
+  with np.load(workdir / "arrays.npz") as file:
+    assert file["surface"].shape == (6, 6)
+  assert (workdir / "surface.png").is_file()
+
+
 def test_it_ends_with_the_table(finished):
   _, output = finished
   assert "global model" in output

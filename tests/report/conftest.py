@@ -71,11 +71,13 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
   with (path / "clients.csv").open("w", newline="") as file:
     writer = csv.writer(file)
     header = "client,dropped,rounds_present,train_size,classes,personal_accuracy,global_accuracy,pooled_accuracy"
-    writer.writerow(header.split(","))
+    # What each client chose is told by methods that mix two models.
+    writer.writerow(header.split(",") + (["lambda_base", "lambda_head", "guard", "barrier"] if generator else []))
     for i in range(clients):
       held = " ".join(map(str, np.flatnonzero(histogram[i])))
       scores = (personal[i], shared[i], 0.5) if evaluated else ("", "", "")
-      writer.writerow([i, int(dropped[i]), 0 if dropped[i] else rounds, histogram[i].sum(), held, *scores])
+      chosen = (round(0.2 * (i % 6), 1), 0.6, 0, 0.25 if i == 1 else 0.01) if generator else ()
+      writer.writerow([i, int(dropped[i]), 0 if dropped[i] else rounds, histogram[i].sum(), held, *scores, *chosen])
   summary = {
     "algorithm": algorithm,
     "dataset": "digits & <i>more</i>",
@@ -151,6 +153,7 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
   if evaluated:
     arrays["pooled_confusion"] = confusion
   if generator:
+    arrays["surface"] = np.add.outer((np.linspace(0, 1, 6) - 0.4) ** 2, (np.linspace(0, 1, 6) - 0.8) ** 2)
     arrays["samples"] = images(rng, classes, 8, 0.5)
     arrays["real"] = images(rng, classes, 8, 0.15)
     arrays["agreement"], arrays["trust"] = agreement, trust

@@ -64,7 +64,7 @@ def test_page_holds_the_pictures_beside_it(ap_fl):
   inside = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.images.values()}
   assert inside == {file.read_bytes() for file in ap_fl.glob("*.png")}
   assert {file.name for file in ap_fl.glob("*.png")} == {
-    f"{name}.png" for name in ("curves", "clients", "partition", "presence", "samples", "trust", "confusion")
+    f"{name}.png" for name in ("curves", "clients", "partition", "presence", "samples", "trust", "confusion", "surface")
   }
 
 
@@ -105,12 +105,18 @@ def test_page_says_what_the_run_says(ap_fl):
   assert "did not finish" not in text
 
 
+def test_a_barrier_between_the_two_models_is_warned_of(ap_fl, fedavg):
+  text = Page(report.write(ap_fl)).text
+  assert "1 client lost more than 0.2 of cross-entropy half-way" in text
+  assert "half-way between the two models" not in Page(report.write(fedavg)).text
+
+
 def test_names_are_escaped(ap_fl):
   change(ap_fl, device="<script>alert(1)</script>", algorithm="<img src=x>", versions={"<b>": "&"})
   (ap_fl / "flags.txt").write_text("--note=</pre><script>\n")
   page = Page(report.write(ap_fl))
   assert not {"script", "b", "i"} & set(page.tags)
-  assert page.tags.count("img") == len(page.images) == 7
+  assert page.tags.count("img") == len(page.images) == 8
   assert "<script>alert(1)</script>" in page.text and "--note=</pre><script>" in page.text
 
 
@@ -145,7 +151,7 @@ def test_written_again_nothing_stale_or_temporary_stays(ap_fl):
   before = {file.name for file in ap_fl.iterdir()}
   report.write(ap_fl)
   gone = before - {file.name for file in ap_fl.iterdir()}
-  assert gone == {"partition.png", "presence.png", "samples.png", "trust.png", "confusion.png"}
+  assert gone == {"partition.png", "presence.png", "samples.png", "trust.png", "confusion.png", "surface.png"}
   assert not list(ap_fl.glob(".*")) and not list(ap_fl.glob("*.tmp"))
 
 

@@ -30,8 +30,8 @@ def hexadecimal(color):
   ("kind", "missing"),
   [
     ("ap_fl", set()),
-    ("fedavg", {"samples", "trust"}),
-    ("unevaluated", {"curves", "clients", "samples", "trust", "confusion"}),
+    ("fedavg", {"samples", "trust", "surface"}),
+    ("unevaluated", {"curves", "clients", "samples", "trust", "confusion", "surface"}),
   ],
 )
 def test_draws_what_the_run_left(kind, missing, request):
@@ -161,3 +161,16 @@ def test_confusion_rows_are_percent_of_the_true_class(ap_fl):
   want = np.array([100 * row / row.sum() for row in counts])
   np.testing.assert_allclose(axes.images[0].get_array().filled(0), want)
   assert axes.get_ylabel() == "true class" and axes.get_xlabel() == "predicted class"
+
+
+def test_the_surface_is_palest_at_its_least_and_has_a_dot_a_client_near_its_choice(ap_fl):
+  axes = draw("surface", ap_fl).axes[0]
+  shown = axes.images[0].get_array()
+  assert axes.images[0].origin == "lower" and axes.get_xlabel().startswith("coefficient of the base")
+  assert np.unravel_index(shown.argmin(), shown.shape) == (4, 2)  # head .8 upwards, base .4 to the right
+  rows = client_rows(ap_fl)
+  for line in axes.lines:
+    gone = line.get_label() == "dropped"
+    want = [(float(r["lambda_base"]), float(r["lambda_head"])) for r in rows if (r["dropped"] == "1") == gone]
+    np.testing.assert_allclose(line.get_xydata(), want, atol=0.1)
+  assert sum(len(line.get_xydata()) for line in axes.lines) == len(rows)
