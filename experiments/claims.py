@@ -126,14 +126,15 @@ def front_grid(points_of: Sequence[fronts.Point]) -> tables.Grid:
 
 
 def write(root: Path, rows: Sequence[Row], evidence: Evidence, facts: Mapping[str, str]) -> str:
-  """claims.json, claims.md and pictures of the fronts; returns the Markdown text."""
+  """claims.json, claims.md and, with claim A11, pictures of the fronts; returns the Markdown text."""
   parts = ["# Claims", "\n".join(f"- {name}: {value}" for name, value in facts.items()), tables.markdown(grid(rows))]
   parts.append(
     "Intervals are the percentile bootstrap's over seeds, too narrow for fewer than five. *Holds* and *fails*: the"
     " whole interval is on that side of the criterion; *tie*: these seeds do not decide."
   )
   drawn: dict[str, list[dict[str, Any]]] = {}
-  for few, name in ((False, "dropped clients"), (True, "returners with 20 examples")):
+  shown = any(row.id == "A11" for row in rows)
+  for few, name in ((False, "dropped clients"), (True, "returners with 20 examples")) if shown else ():
     points_of = front_points(evidence, few)
     by_method = fronts.by_method(points_of)
     if not by_method:

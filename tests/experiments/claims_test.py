@@ -284,7 +284,9 @@ def test_the_estimate_learns_from_finished_runs():
 
 def test_what_is_written_can_be_read(tmp_path):
   evidence = {variant: runs_of() for variant in [*CLAIMS["A5"].variants, *criteria._front_variants(False)]}
-  rows = claims.judged(["A5"], evidence)
+  claims.write(tmp_path, claims.judged(["A5"], evidence), evidence, {})
+  assert not list(tmp_path.glob("*.png"))  # fronts belong to A11
+  rows = claims.judged(["A5", "A11"], evidence)
   text = claims.write(tmp_path, rows, evidence, {"command": "made up"})
   content = json.loads((tmp_path / "claims.json").read_text())
   assert [row["verdict"] for row in content["claims"]] == [row.verdict for row in rows]
