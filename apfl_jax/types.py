@@ -289,6 +289,8 @@ class Algorithm(NamedTuple):
     init_client: (download, key) -> client, at the client's first visit.
     personalize: (download, client, data, visit, key) -> model. Read-only; answers also for a client that
       never took part (`visit.times == 0`), whose `client` is then fresh from `init_client`.
+    describe: (model) -> arrays by name, what there is to tell of a personal model besides its answers. A number becomes
+      a column of clients.csv; of a larger array the mean over clients is kept.
   """
 
   init: Callable[[Key], PyTree]
@@ -299,6 +301,7 @@ class Algorithm(NamedTuple):
   global_model: Callable[[PyTree], PyTree | None]
   init_client: Callable[[Download, Key], PyTree]
   personalize: Callable[[Download, PyTree, Data, Visit, Key], PyTree]
+  describe: Callable[[PyTree], dict[str, Array]] = lambda model: {}
 
 
 class Availability(NamedTuple):

@@ -50,6 +50,9 @@ class Config:
   classes_per_client: int = _setting(2, "of the pathological partition", least=1)
   clusters: int = _setting(5, "of clients that hold the same classes, of the clustered partition", least=1)
   min_size: int = _setting(16, "least examples of a client", least=2)
+  dropped_examples: int = _setting(
+    0, "training examples of a client that leaves, at most, and a quarter as many for validation; 0 for all", least=0
+  )
   monopolistic_classes: int = _setting(2, "classes that only clients which drop hold", least=0)
   verification_classes: int = _setting(
     0, "classes that nobody trains on and features are verified on; 0 for none, or 2 or more", least=0
@@ -121,6 +124,12 @@ class Config:
   eval_every: int = _setting(5, "rounds between scores of the global model; 0 for the last only", least=0)
   eval_clients: int = _setting(0, "clients scored; 0 for all", least=0)
   pooled_examples: int = _setting(1000, "pooled test examples, class-balanced; 0 for the whole split", least=0)
+  judge: int = _setting(
+    0,
+    "generated images a class that a classifier trained on the whole data set judges, with what fresh networks learn"
+    " from them and what they give away, for the report alone; 0 for none",
+    least=0,
+  )
   personalize_every: int = _setting(0, "rounds between scores of personal models; 0 for the last only", least=0)
   checkpoint_every: int = _setting(10, "rounds between checkpoints; 0 for none", least=0)
   progress: bool = _setting(True, "show progress")

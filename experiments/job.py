@@ -22,6 +22,7 @@ from apfl_jax import algorithms, data, metrics, nn, population, random, report, 
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
 from apfl_jax.types import Algorithm, Array, Federation, HeldOut, LocalSGD, Process, PyTree, Task
+from experiments import judge
 from experiments.config import Config
 
 _SAMPLES = 8  # images a class in the report
@@ -98,6 +99,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     pooled_examples=config.pooled_examples,
     index_size=_index_size(config, dataset),
   )
+  if config.dropped_examples:
+    federation = _with_few(federation, gone, config.dropped_examples)
   if "label" in names:
     facts = facts._replace(label_rank=_label_rank(federation, num_classes))
   table = semantics.embeddings(
@@ -218,10 +221,13 @@ def run(config: Config) -> dict[str, Any]:
       progress=config.progress,
     )
     arrays = _arrays(job, result)
-    summary = _summary(job, result, arrays, watch)
+    judged, drawn = judge.measure(job, result, arrays["seen"]) if config.judge else ({}, {})
+    arrays |= drawn
+    prices = _prices(job, result)
+    summary = _summary(job, result, arrays, prices, watch) | judged
   if not writes:
     return _announced(summary, workdir)
-  _write_clients(workdir / "clients.csv", job, result, arrays["histogram"])
+  _write_clients(workdir / "clients.csv", job, result, arrays, simulation.cost_per_client(prices, result))
   with replacing(workdir / "arrays.npz") as path, open(path, "wb") as file:
     np.savez_compressed(file, allow_pickle=False, **arrays)
   _write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -321,6 +327,14 @@ def _without(
   return *data.hold_out(dataset, classes), tuple(dataset.class_names[c] for c in classes)
 
 
+def _with_few(federation: Federation, gone: np.ndarray, most: int) -> Federation:
+  """The federation in which clients that leave have few examples to train on, and a quarter as many to validate."""
+  cut = lambda span, most: span._replace(size=np.where(gone, np.minimum(span.size, most), span.size).astype(np.int32))
+  return federation._replace(
+    train=cut(federation.train, most), validation=cut(federation.validation, max(1, round(most / 4)))
+  )
+
+
 def _index_size(config: Config, dataset: data.Dataset) -> int:
   """Entries of the index if no class were taken out: how large those are is the seed's choice."""
   examples = config.num_clients * config.examples_per_client or len(dataset.labels)
@@ -395,14 +409,17 @@ def _write_record(workdir: Path, record: simulation.Record) -> None:
     _write_text(workdir / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: np.ndarray) -> None:
+def _write_clients(
+  path: Path, job: Job, result: simulation.Result, arrays: dict[str, np.ndarray], costs: simulation.PerClient
+) -> None:
   """clients.csv: a line for each client; accuracies are empty where it was not scored."""
   federation = job.federation
 
   def cells(values: np.ndarray) -> list[str]:
     everyone = np.full(len(result.dropped), np.nan)
     everyone[result.rows] = values
-    return ["" if np.isnan(value) else repr(float(value)) for value in everyone]
+    kind = int if np.issubdtype(values.dtype, np.integer) else float
+    return ["" if np.isnan(value) else repr(kind(value)) for value in everyone]
 
   columns: dict[str, Iterable[Any]] = {
     "client": np.asarray(federation.id),
@@ -411,17 +428,25 @@ def _write_clients(path: Path, job: Job, result: simulation.Result, histogram: n
     "train_size": np.asarray(federation.train.size),
     "validation_size": np.asarray(federation.validation.size),
     "test_size": np.asarray(federation.test.size),
-    "classes": [" ".join(map(str, np.flatnonzero(row))) for row in histogram],
+    "classes": [" ".join(map(str, np.flatnonzero(row))) for row in arrays["histogram"]],
     "personal_accuracy": cells(metrics.accuracy(result.personal_scores.own)),
     "global_accuracy": cells(
       metrics.accuracy(result.global_scores.own) if result.global_scores else np.full(len(result.rows), np.nan)
     ),
     "pooled_accuracy": cells(metrics.accuracy(result.personal_scores.pooled)),
+    "reweighted_accuracy": cells(_reweighted(result, arrays["histogram"])),
+    **{name: [f"{value:.0f}" for value in values] for name, values in costs._asdict().items()},
+    **{name: cells(values) for name, values in _described(result).items() if values.ndim == 1},
   }
   with replacing(path) as temporary, open(temporary, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _described(result: simulation.Result) -> dict[str, np.ndarray]:
+  """What the method tells of the personal models, [R, ...] by name."""
+  return {name: np.asarray(values) for name, values in dict(result.personal_scores.described).items()}
 
 
 def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
@@ -434,20 +459,19 @@ def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
     "presence_clients": result.presence_ids,
     "seen": np.any(histogram[took_part] > 0, axis=0),
     "real": _real_samples(job.dataset),
+    "scored": result.rows,
+    "personal_recall": metrics.recall(result.personal_scores.pooled).astype(np.float32),
   }
   if result.pooled_confusion is not None:
     arrays["pooled_confusion"] = result.pooled_confusion(np.ones(len(job.dataset.class_names), bool))
-  sample = algorithms.METHODS[job.config.algorithm].samples
-  if sample is not None:
-
-    @jax.jit
-    def draw(settings, server, seed):
-      return sample(job.task(settings), server, random.key(seed, random.Purpose.REPORT), _SAMPLES)
-
-    images = np.asarray(draw(job.inputs.settings, result.state.server, job.inputs.seed))
-    arrays["samples"] = np.round(images * 255).astype(np.uint8)
-  else:
+  for name, values in _described(result).items():
+    if values.ndim > 1:  # a model that diverged has nothing to tell
+      arrays[name] = np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
+  images = judge.samples(job, result, _SAMPLES, random.Purpose.REPORT)
+  if images is None:
     del arrays["real"]
+  else:
+    arrays["samples"] = images
   return arrays
 
 
@@ -457,8 +481,27 @@ def _real_samples(dataset: data.Dataset) -> np.ndarray:
   return dataset.images[np.stack(rows)]
 
 
+def _reweighted(result: simulation.Result, histogram: np.ndarray) -> np.ndarray:
+  """float [R]: what the personal models' recalls on pooled examples come to on their clients' mixes of classes."""
+  scores = result.personal_scores
+  as_own = scores.pooled if isinstance(scores.as_own, tuple) else scores.as_own
+  return metrics.fairness.reweighted(metrics.recall(as_own), histogram[result.rows])
+
+
+def _prices(job: Job, result: simulation.Result) -> simulation.Prices:
+  config = job.config
+  offsets = len(job.dataset.class_names) if (config.softmax_mask, config.readout) != ("none", "plain") else 0
+  return simulation.prices(
+    job.build, job.inputs, result.state.server, config.server_wait, offsets, job.simulator.cohort_size
+  )
+
+
 def _summary(
-  job: Job, result: simulation.Result, arrays: dict[str, np.ndarray], watch: simulation.Stopwatch
+  job: Job,
+  result: simulation.Result,
+  arrays: dict[str, np.ndarray],
+  prices: simulation.Prices,
+  watch: simulation.Stopwatch,
 ) -> dict[str, Any]:
   """summary.json. Times are those of all processes that the run took, as far as checkpoints kept them."""
   config = job.config
@@ -468,25 +511,24 @@ def _summary(
   dropped = result.dropped[result.rows]
   sizes = np.asarray(job.federation.test.size)[result.rows]
   mean = lambda values: float(values.mean()) if values.size else None
+  over_clients = partial(metrics.summarise, examples=sizes, dropped=dropped, monopolist=monopolist)
 
   def summarised(scores: simulation.Scores | None) -> dict[str, float | None] | None:
-    if scores is None:
-      return None
-    return metrics.summarise(metrics.accuracy(scores.own), sizes, dropped, monopolist)
+    return None if scores is None else over_clients(metrics.accuracy(scores.own))
 
   pooled = metrics.accuracy(result.personal_scores.pooled)
   lost: np.ndarray = np.flatnonzero(~arrays["seen"])
   unseen = None
-  global_pooled = None
+  global_pooled = global_recall = None
   if result.pooled_confusion is not None:
     confusion = arrays["pooled_confusion"]
     global_pooled = float(metrics.accuracy(confusion))
+    global_recall = metrics.fairness.classes(metrics.recall(confusion))
     unseen = metrics.unseen(
       confusion, result.pooled_confusion(~arrays["seen"]) if len(lost) else confusion, lost.tolist()
     )
   devices = job.simulator.mesh.size if job.simulator.mesh else 1
-  offsets = len(job.dataset.class_names) if (config.softmax_mask, config.readout) != ("none", "plain") else 0
-  prices = simulation.prices(job.build, job.inputs, result.state.server, config.server_wait, offsets)
+  generates = algorithms.METHODS[config.algorithm].group == "generators"
   spent = [watch.read(), *result.record.timings[: result.restored]]
   return {
     "algorithm": config.algorithm,
@@ -502,9 +544,11 @@ def _summary(
       "personal_mean": mean(pooled),
       "personal_dropped": mean(pooled[dropped]),
     },
+    "reweighted_accuracy": over_clients(_reweighted(result, arrays["histogram"])),
+    "recall": {"global_model": global_recall, "personal": metrics.fairness.classes(arrays["personal_recall"])},
     "unseen": unseen,
     "verification": _verification(job, result),
-    "cost": simulation.cost(prices, result)._asdict(),
+    "cost": simulation.cost(prices, result, job.inputs, generates=generates)._asdict(),
     "partition": config.partition,
     "alpha": config.alpha if config.partition == "dirichlet" else None,
     "dropout": config.dropout,
@@ -519,7 +563,7 @@ def _summary(
     "planned_memory_bytes": result.plan.host if result.plan.shared else result.plan.device,
     "device": f"{devices} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
     "versions": versions(),
-    "commit": _commit(),
+    "commit": commit(),
     "finished": True,
   }
 
@@ -549,7 +593,7 @@ def versions() -> dict[str, str]:
   return {"apfl_jax": apfl_jax.__version__, "python": platform.python_version(), **found}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
   """The commit of the checkout that runs, with a + if it was changed; None outside one."""
   here = Path(__file__).parent
   git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout

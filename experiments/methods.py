@@ -66,6 +66,12 @@ def _lines(summary: dict[str, Any], name: str) -> list[dict[str, Any]]:
   return [json.loads(line) for line in (Path(summary["workdir"]) / name).read_text().splitlines()]
 
 
+def _server(summary: dict[str, Any]) -> float | None:
+  """Operations of the server, with a generator or without."""
+  generator = _of("cost", "generator_flops")(summary)
+  return _of("cost", "server_flops")(summary) if generator is None else generator
+
+
 MEASURES = {
   "own: all": Measure("%", _of("personal_accuracy", "mean")),
   "own: weighted": Measure("%", _of("personal_accuracy", "weighted_mean")),
@@ -77,7 +83,7 @@ MEASURES = {
   "pooled: global model": Measure("%", _of("pooled_accuracy", "global_model")),
   "rounds": Measure("s", _round_seconds),
   "local": Measure("FLOP", _of("cost", "local_flops")),
-  "server": Measure("FLOP", _of("cost", "generator_flops")),
+  "server": Measure("FLOP", _server),
   "personal": Measure("FLOP", _of("cost", "personalize_flops")),
   "up": Measure("B", _of("cost", "bytes_up")),
   "down": Measure("B", _of("cost", "bytes_down")),

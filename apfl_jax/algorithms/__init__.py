@@ -53,7 +53,9 @@ class Method(NamedTuple):
     group: under which heading tables list it, a key of `GROUPS`.
     keeps: what stays on the client between visits.
     head: the classifier's head that `--head=auto` gives it.
-    samples: (task, server, key, count) -> images [C, count, ...] in [0, 1], if it has a generator.
+    samples: (task, server, key, count, **settings) -> images [C, count, ...] in [0, 1], if it has a generator; None
+      where these settings of the method let it make none.
+    trust: (server) -> float [C] in [0, 1], how far it believes samples of each class, if it says so.
     pools: whether its clients train on all clients' examples, see `data.pooled`.
   """
 
@@ -63,6 +65,7 @@ class Method(NamedTuple):
   keeps: str = "nothing"
   head: str = "free"
   samples: Callable[..., Any] | None = None
+  trust: Callable[..., Any] | None = None
   pools: bool = False
 
 
@@ -97,6 +100,7 @@ METHODS: dict[str, Method] = {
     "generators",
     head="anchored",
     samples=ap_fl_package.samples,
+    trust=lambda server: server.trust,
   ),
   "central": Method(central, "the upper bound", "bounds", pools=True),
   "dense": Method(dense, "Zhang et al. 2022, arXiv 2112.12371", "generators"),

@@ -15,7 +15,7 @@ What differs: one step of G on the sum over clients (there one step for each cli
 built on FedAvg only (there also on FedProx, SCAFFOLD, FedDyn and MOON).
 """
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ def generator_loss(
   return jnp.sum(jnp.mean(share * (lambda_cls * right - gap), axis=1))
 
 
-def samples(task: Task, server: Server, key: Key, count: int) -> Array:
+def samples(task: Task, server: Server, key: Key, count: int, **settings: Any) -> Array:
   """Generated images float32 [C, count, height, width, channels] in [0, 1], all classes."""
   generator = _generator(task)
   label = jnp.repeat(jnp.eye(task.num_classes), count, axis=0)

@@ -6,8 +6,10 @@
 
 The distance is the squared one, which is what the official code's index returns and its kernel takes [C]. The trap
 avoided (method 3.1 [C]): its script sweeps lambda and capacity on test data; here lambda_m is the point of a grid with
-the least cross-entropy on the client's validation examples, and the setting `share` where it has none. A client with
-more examples than the datastore takes stores a random subset. It costs no SGD step: `personal_steps` are not spent.
+the least cross-entropy on the client's validation examples, and the setting `share` where it has none. Sigma is chosen
+with it among .1, 1 and 10: the official code's 1 [C] is 1.5 points worse on digits, 1.0 with nobody dropping [P]. A
+client with more examples than the datastore takes stores a random subset. It costs no SGD step: `personal_steps` are
+not spent.
 
 Logits are log p_m. p_kNN holds the client's prior p by its nature, theta under `--readout=prior` does not: there a
 neighbour's vote counts 1 / p(y_j), so that log p_m + log p is again an answer for the client's own distribution; by its
@@ -52,11 +54,13 @@ class Memorizing(NamedTuple):
     params: theta.
     memory: the datastore.
     share: lambda_m, float32 [].
+    scale: sigma, float32 [].
   """
 
   params: Params
   memory: Memory
   share: Array
+  scale: Array
 
 
 def knn_per(
@@ -64,6 +68,7 @@ def knn_per(
   *,
   neighbours: Annotated[int, Limits(least=1)] = 10,
   scale: Positive = 1.0,
+  tune_scale: bool = True,
   capacity: Annotated[int, Limits(least=1)] = 1024,
   choice: Annotated[str, Limits(choices=CHOICES)] = "validation",
   share: Share = 0.5,
@@ -75,6 +80,8 @@ def knn_per(
     task: the task.
     neighbours: k.
     scale: sigma; in features that are not normalised the kernel is nearly flat or nearly one-hot, so try .1 and 10.
+    tune_scale: whether each client chooses sigma together with lambda_m, among a tenth of `scale`, `scale` and ten
+      times `scale`; `scale` where lambda_m is not chosen.
     capacity: examples that a datastore takes at most.
     choice: how lambda_m is found: 'validation', or 'fixed' to `share`.
     share: lambda_m where it is not chosen.
@@ -103,29 +110,32 @@ def knn_per(
     empty = Memory(jnp.zeros((capacity, features)), jnp.zeros((capacity, num_classes)), nothing > 0, nothing)
     return jax.lax.fori_loop(0, (size + _BLOCK - 1) // _BLOCK, add, empty)
 
-  def remembered(memory, features):
-    """p_kNN, float32 [B, C]; an empty memory gives zeros."""
+  def remembered(memory, features, scales):
+    """p_kNN at each scale [Z], float32 [Z, B, C]; an empty memory gives zeros."""
     square = lambda x: jnp.sum(x**2, axis=-1)
     distance = square(features)[:, None] + square(memory.keys) - 2 * features @ memory.keys.T
     negative, nearest = jax.lax.top_k(jnp.where(memory.stored, -distance, -jnp.inf), min(neighbours, capacity))
     found = memory.stored[nearest]
     # Relative to the nearest: far from all examples every kernel would round to zero.
-    closeness = (negative - jnp.max(negative, axis=-1, keepdims=True)) / (features.shape[-1] * scale)
-    kernel = jnp.where(found, memory.votes[nearest] * jnp.exp(jnp.where(found, closeness, 0.0)), 0.0)
+    closeness = negative - jnp.max(negative, axis=-1, keepdims=True)
+    closeness = jnp.where(found, closeness, 0.0) / (features.shape[-1] * scales[:, None, None])
+    kernel = jnp.where(found, memory.votes[nearest] * jnp.exp(closeness), 0.0)
     total = jnp.sum(kernel, axis=-1, keepdims=True)
-    return jnp.einsum("bk,bkc->bc", kernel / jnp.maximum(total, _LEAST), memory.labels[nearest])
+    return jnp.einsum("zbk,bkc->zbc", kernel / jnp.maximum(total, _LEAST), memory.labels[nearest])
 
-  def both(params, memory, images):
+  def both(params, memory, images, scales):
     prediction = training.predict(model, params, images)
-    return remembered(memory, prediction.features), jax.nn.softmax(prediction.logits), prediction.features
+    return remembered(memory, prediction.features, scales), jax.nn.softmax(prediction.logits), prediction.features
 
-  def chosen_share(params, memory, data):
+  def chosen(params, memory, data, scales):
+    """(lambda_m, sigma) of the greatest likelihood, [] each."""
     shares = jnp.linspace(0.0, 1.0, grid_points)
+    share = shares[:, None, None]
 
     def add(i, total):
       batch = training.gather(data.store, data.validation, i * _BLOCK + jnp.arange(_BLOCK), num_classes)
-      near, global_, _ = both(params, memory, batch.images)
-      mixed = lambda near, global_: jnp.maximum(shares[:, None] * near + (1 - shares[:, None]) * global_, _LEAST)
+      near, global_, _ = both(params, memory, batch.images, scales)
+      mixed = lambda near, global_: jnp.maximum(share * near + (1 - share) * global_, _LEAST)  # [P, Z, B]
       likely = jnp.log(mixed(jnp.sum(batch.targets * near, axis=-1), jnp.sum(batch.targets * global_, axis=-1)))
       if data.logit_offset is not None:  # p(y) of the label itself is the same for every share
         prior = jnp.exp(data.logit_offset)
@@ -133,22 +143,27 @@ def knn_per(
       return total + jnp.sum(jnp.where(batch.mask > 0, likely, 0.0), axis=-1)
 
     blocks = (data.validation.size + _BLOCK - 1) // _BLOCK
-    return shares[jnp.argmax(jax.lax.fori_loop(0, blocks, add, jnp.zeros(grid_points)))]
+    best = jnp.argmax(jax.lax.fori_loop(0, blocks, add, jnp.zeros((grid_points, len(scales)))))
+    return shares[best // len(scales)], scales[best % len(scales)]
 
   def personalize(download, client, data, visit, key):
     del client, visit
     params = download.shared
     memory = memorized(params, data, key)
-    lambda_m = jnp.asarray(share)
+    lambda_m, sigma = jnp.asarray(share), jnp.asarray(scale)
     if choice == "validation":
-      lambda_m = jnp.where(data.validation.size > 0, chosen_share(params, memory, data), lambda_m)
-    return Memorizing(params, memory, jnp.where(data.train.size > 0, lambda_m, 0.0))
+      scales = sigma * jnp.array([0.1, 1.0, 10.0] if tune_scale else [1.0])
+      best = chosen(params, memory, data, scales)
+      lambda_m, sigma = (
+        jnp.where(data.validation.size > 0, a, b) for a, b in zip(best, (lambda_m, sigma), strict=True)
+      )
+    return Memorizing(params, memory, jnp.where(data.train.size > 0, lambda_m, 0.0), sigma)
 
   def predict(personal, images):
     if isinstance(personal, Params):  # the global model, which remembers nothing
       return base.predict(personal, images)
-    near, global_, features = both(personal.params, personal.memory, images)
-    mixed = personal.share * near + (1 - personal.share) * global_
+    near, global_, features = both(personal.params, personal.memory, images, personal.scale[None])
+    mixed = personal.share * near[0] + (1 - personal.share) * global_
     return Prediction(jnp.log(jnp.maximum(mixed, _LEAST)), features)
 
   return base._replace(personalize=personalize, predict=predict)

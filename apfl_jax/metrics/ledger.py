@@ -9,6 +9,7 @@ count: padding, dilation and masks cost what they cost the device. Repeated sube
 """
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -53,12 +54,24 @@ def flops(fn: Callable[..., PyTree], *args: PyTree) -> float:
 
 def pricer(fn: Callable[..., PyTree], *args: PyTree) -> Callable[..., float]:
   """`flops` for many calls whose arguments differ in their known values only: `fn` is traced once, here."""
-  closed = jax.make_jaxpr(fn)(*args)
+  follow = follower(fn, *args)
+  return lambda *args: follow(*args)[0]
 
-  def price(*args: PyTree) -> float:
+
+def follower(fn: Callable[..., PyTree], *args: PyTree) -> Callable[..., tuple[float, PyTree]]:
+  """`pricer` that also tells what is known of the result: arrays, and a `ShapeDtypeStruct` for what is not.
+
+  Fed back into the arguments it prices a state that changes from call to call, as a count of rounds does.
+  """
+  closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+  shapes, structure = jax.tree.flatten(shape)
+
+  def price(*args: PyTree) -> tuple[float, PyTree]:
     leaves = zip(jax.tree.leaves(args), closed.jaxpr.invars, strict=True)
     values = [None if isinstance(x, jax.ShapeDtypeStruct) else _known(x, var) for x, var in leaves]
-    return float(_walk(closed, values)[0])
+    operations, results = _walk(closed, values)
+    known = [s if x is None else np.asarray(x) for x, s in zip(results, shapes, strict=True)]
+    return float(operations), jax.tree.unflatten(structure, known)
 
   return price
 
@@ -174,8 +187,25 @@ def _scan(eqn: jex.JaxprEqn, values: list[_Value]) -> tuple[int, list[_Value]]:
   size, rows = whole(eqn.outvars, body.jaxpr.outvars), whole(eqn.invars, body.jaxpr.invars)
   constants = rows - size
   carry = _unchanged(body.jaxpr, constants, values[constants:rows])
-  operations, _ = _walk(body, values[:constants] + carry + [None] * (len(values) - rows))
+  operations = _fixed(body.jaxpr)
+  if operations is None:
+    operations, _ = _walk(body, values[:constants] + carry + [None] * (len(values) - rows))
   return eqn.params["length"] * operations, carry + [None] * (len(eqn.outvars) - size)
+
+
+_FIXED: weakref.WeakKeyDictionary[jex.Jaxpr, int | None] = weakref.WeakKeyDictionary()
+
+
+def _fixed(jaxpr: jex.Jaxpr) -> int | None:
+  """Operations that follow from shapes alone, walked once; None where a branch or a bound has a say in them."""
+
+  def decided(jaxpr: jex.Jaxpr) -> bool:
+    inner = (x for eqn in jaxpr.eqns for x in jex.jaxprs_in_params(eqn.params))
+    return any(eqn.primitive.name in ("cond", "while") for eqn in jaxpr.eqns) or any(map(decided, inner))
+
+  if jaxpr not in _FIXED:
+    _FIXED[jaxpr] = None if decided(jaxpr) else _walk(jaxpr, [None] * len(jaxpr.invars))[0]
+  return _FIXED[jaxpr]
 
 
 def _while(params: dict[str, Any], values: list[_Value]) -> tuple[int, list[_Value]]:

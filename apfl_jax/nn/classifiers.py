@@ -83,7 +83,8 @@ _SPECS = {
   "cnn": _Spec(functools.partial(Cnn, size=5, channels=(32, 64)), 512, 4),
 }
 MODELS = tuple(_SPECS)
-HEADS = ("free", "anchored")
+HEADS = ("free", "anchored", "cosine")
+_SHARPNESS = 10.0  # of the cosine head: its logits span 20
 
 
 def classifier(
@@ -105,8 +106,8 @@ def classifier(
     image_shape: (height, width, channels).
     num_classes: C.
     head: 'free', W f + b; or 'anchored', logits_c = (V' f) . e_c with V [F, D] and no bias, so that a class without
-      examples has logits too (method 2.4 [O]).
-    embeddings: [C, D], the rows e_c; may be traced. Only the anchored head reads them.
+      examples has logits too (method 2.4 [O]); or 'cosine', the same with cosines, logits_c = 10 cos(V' f, e_c).
+    embeddings: [C, D], the rows e_c, of norm 1; may be traced. Only anchored heads read them.
     dtype: what layers compute in, float32 or bfloat16.
 
   Returns:
@@ -146,11 +147,18 @@ def _head(
     return init, lambda params, x: apply(params, x).astype(jnp.float32), None
   if embeddings is None or embeddings.ndim != 2 or len(embeddings) != num_classes:
     got = "none" if embeddings is None else f"shape {list(embeddings.shape)}"
-    raise InputError(f"embeddings: got {got}, the anchored head needs [{num_classes}, D], a row for each class")
+    raise InputError(f"embeddings: got {got}, the {head} head needs [{num_classes}, D], a row for each class")
   size = embeddings.shape[1]
   init, apply = functional(lambda rngs: _readout(features, size, use_bias=False, dtype=dtype, rngs=rngs))
 
   def semantics(params: PyTree, features: Array) -> Array:
     return apply(params, features).astype(jnp.float32)
 
-  return init, lambda params, features: semantics(params, features) @ embeddings.T, semantics
+  def anchored(params: PyTree, features: Array) -> Array:
+    meant = semantics(params, features)
+    if head == "cosine":
+      # Safe also in the gradient, where all features are 0.
+      meant = _SHARPNESS * meant * jax.lax.rsqrt(jnp.sum(meant**2, axis=-1, keepdims=True) + 1e-12)
+    return meant @ embeddings.T
+
+  return init, anchored, semantics

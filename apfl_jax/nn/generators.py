@@ -17,6 +17,12 @@ _linear = functools.partial(nnx.Linear, kernel_init=nnx.initializers.lecun_unifo
 _GROUPS = 8
 
 
+def _encoder(embedding_size: int, rngs: nnx.Rngs) -> nnx.Linear:
+  """W of u = tanh(W e)."""
+  # Embeddings have norm 1 whatever D is, so weights of variance 1, not 1 / D, give codes of a useful size.
+  return nnx.Linear(embedding_size, _CODE, use_bias=False, kernel_init=nnx.initializers.normal(1.0), rngs=rngs)
+
+
 class Film(nnx.Module):
   """GroupNorm whose scale and shift are linear in the code (FiLM, Perez et al. 2018), then LeakyReLU(0.2)."""
 
@@ -48,8 +54,7 @@ class SmoothGenerator(nnx.Module):
     rows, columns, channels = image_shape
     self.grid = (rows >> upsamplings, columns >> upsamplings, width)
     self.upsamplings = upsamplings
-    # Embeddings have norm 1 whatever D is, so weights of variance 1, not 1 / D, give codes of a useful size.
-    self.encode = nnx.Linear(embedding_size, _CODE, use_bias=False, kernel_init=nnx.initializers.normal(1.0), rngs=rngs)
+    self.encode = _encoder(embedding_size, rngs)
     self.dense = _linear(noise_size + _CODE, self.grid[0] * self.grid[1] * width, rngs=rngs)
     self.film1 = Film(width, rngs=rngs)
     self.conv1 = Conv(width, width // 2, 3, rngs=rngs)
@@ -111,19 +116,24 @@ def generator(
 class FeatureGenerator(nnx.Module):
   """One hidden layer, to what a classifier's head reads: a thousandth of an image generator's work."""
 
-  def __init__(self, condition_size: int, noise_size: int, hidden: int, features: int, *, rngs: nnx.Rngs):
-    """Args: length of the condition and of the noise, width of the hidden layer, F, rngs."""
-    self.dense = _linear(noise_size + condition_size, hidden, rngs=rngs)
+  def __init__(self, condition_size: int, noise_size: int, hidden: int, features: int, *, coded: bool, rngs: nnx.Rngs):
+    """Args: length of the condition and of the noise, width of the hidden layer, F, whether u = tanh(W e), rngs."""
+    self.encode = _encoder(condition_size, rngs) if coded else None
+    self.dense = _linear(noise_size + (_CODE if coded else condition_size), hidden, rngs=rngs)
     self.norm = nnx.LayerNorm(hidden, rngs=rngs)
     self.out = _linear(hidden, features, rngs=rngs)
 
   def __call__(self, noise: Array, condition: Array) -> Array:
     """Noise [B, noise_size], condition [B, condition_size] -> features [B, F], not negative as after ReLU."""
+    if self.encode is not None:
+      condition = jnp.tanh(self.encode(condition))
     hidden = nnx.relu(self.norm(self.dense(jnp.concatenate([noise, condition], axis=-1))))
     return nnx.relu(self.out(hidden))
 
 
-def feature_generator(condition_size: int, features: int, *, noise_size: int = 32, hidden: int = 256) -> Generator:
+def feature_generator(
+  condition_size: int, features: int, *, noise_size: int = 32, hidden: int = 256, coded: bool = False
+) -> Generator:
   """A generator of features [B, F] in place of images, as FedGen's. May be called inside a trace.
 
   Args:
@@ -131,6 +141,9 @@ def feature_generator(condition_size: int, features: int, *, noise_size: int = 3
     features: F.
     noise_size: length of the noise.
     hidden: width of the hidden layer.
+    coded: whether the condition goes through u = tanh(W e) in R^64 first, as in `generator`; for embeddings.
   """
-  init, apply = functional(lambda rngs: FeatureGenerator(condition_size, noise_size, hidden, features, rngs=rngs))
+  init, apply = functional(
+    lambda rngs: FeatureGenerator(condition_size, noise_size, hidden, features, coded=coded, rngs=rngs)
+  )
   return Generator(init=init, apply=apply, noise_size=noise_size)

@@ -77,12 +77,27 @@ _CAPTIONS = {
     "class marked unseen not even the global model met an example; its images come from the meaning of the class "
     "alone, so expect little of them. The images need not look real: they are to carry what the global model knows.",
   ),
+  "trust": (
+    "What the server trusts",
+    "One point a class: how far the server trusts its samples, and how many of them a classifier that was trained on "
+    "real images takes for that class. On the line trust foretells what samples are. The judge is for this page alone, "
+    "no method sees it.",
+  ),
   "confusion": (
     "What the global model confuses",
     "Each row is the true class of pooled test images, each column what the global model said, in percent of the row. "
     "A good model is dark on the diagonal. A star marks classes that no client ever taught it.",
   ),
+  "surface": (
+    "Where clients stand between their two models",
+    "A personal model lies between a local model, trained on the client's own examples, and a friend, which also "
+    "learned from the server; one coefficient mixes their bases and another their heads. The shade is what a pair of "
+    "coefficients costs on validation examples, real and synthetic, beyond the best pair, mean over clients: the paler "
+    "the better. A dot is what a client chose, beside it where several chose the same.",
+  ),
 }
+
+_HIGH_BARRIER = 0.2  # nats (method 2.9 [O])
 
 
 def write(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -157,7 +172,7 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
   parts = [
     f"<h1>{title}</h1>",
     f'<p class="lead">{html.escape(_setting(run))}</p>',
-    *_notes(run.summary),
+    *_notes(run),
     "<h2>Test accuracy</h2>",
     _results(run.summary),
     "<p>In percent; means over clients. A dropped client never took part in training or left for good; a monopolist "
@@ -166,6 +181,8 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
     "classes.</p>",
     _unseen(run),
     _verification(run),
+    _fairness(run),
+    _judged(run),
     *(_figure(*_CAPTIONS[name], image) for name, image in images.items()),
     "<h2>Cost</h2>",
     _facts(_costs(run)),
@@ -205,14 +222,20 @@ def _setting(run: runs.Run) -> str:
   return "; ".join(filter(None, parts)) + "."
 
 
-def _notes(summary: Mapping[str, Any]) -> list[str]:
-  notes = []
+def _notes(run: runs.Run) -> list[str]:
+  notes, summary = [], run.summary
   if summary.get("finished") is False:
     notes.append(
       '<p class="note"><strong>This run did not finish</strong>; the numbers are those of its last evaluation.</p>'
     )
   if summary.get("readout") == "prior":
     notes.append(f'<p class="note">{html.escape(tables.PRIOR)}</p>')
+  if hills := int((run.clients.barrier > _HIGH_BARRIER).sum()):
+    notes.append(
+      f'<p class="note"><strong>{tables.counted(hills, "client")}</strong> lost more than {_HIGH_BARRIER} of '
+      "cross-entropy half-way between the two models that are mixed: their weights lie on two sides of a hill, and "
+      "fewer personal steps would keep them nearer.</p>"
+    )
   if summary["algorithm"] == "ap_fl":
     notes.append(
       '<p class="note">ap_fl is AP-FL, <a href="https://arxiv.org/abs/2503.00407">arXiv 2503.00407</a>: personal '
@@ -269,6 +292,73 @@ def _verification(run: runs.Run) -> str:
   )
 
 
+def _fairness(run: runs.Run) -> str:
+  """How evenly the models serve clients and classes."""
+  summary = run.summary
+  number = lambda value: "–" if value is None else f"{value:.3f}"
+  gap = lambda value: "–" if value is None else f"{100 * value:+.1f}"
+  rows = []
+  for name, key, recall in (
+    ("global model", "global_accuracy", "global_model"),
+    ("personal models", "personal_accuracy", "personal"),
+  ):
+    own, spread = summary.get(key) or {}, (summary.get("recall") or {}).get(recall) or {}
+    cells = [tables.percent(own.get("std"), "–"), number(own.get("gini")), number(own.get("jain"))]
+    cells += [gap(own.get(key)) for key in ("dropped_gap", "monopolist_gap")]
+    cells += [tables.percent(spread.get(key), "–") for key in ("mean", "std", "least")]
+    if any(cell != "–" for cell in cells[1:]):
+      rows.append([name, *cells])
+  if not rows:
+    return ""
+  header = ["", "std", "Gini", "Jain", "dropped - present", "monopolists - others", "recall", "its std", "least"]
+  return (
+    "<h2>How evenly</h2><p>Over clients, on own test examples: standard deviation (points), Gini's coefficient (0 is "
+    "even), Jain's index (1 is even) and differences of groups (points). Over classes, on the pooled test set: mean "
+    f"recall, its deviation and the class that is served worst.</p>{_grid(tables.Grid(header, rows))}"
+  )
+
+
+def _judged(run: runs.Run) -> str:
+  """What the judge, students and attackers say of the samples, class by class."""
+  section, privacy = run.summary.get("samples"), run.summary.get("privacy")
+  if not section:
+    return ""
+  share = lambda value: tables.percent(value, "–")
+  names = run.class_names
+  trust = (section.get("trust") or {}).get("each") or []
+  rows = [
+    [
+      (names[c] if c < len(names) else str(c)) + ("" if c in section["recognised"] else " (not recognised)"),
+      share(agreed),
+      share(trust[c] if c < len(trust) else None),
+      str(section["modes"]["each"][c]),
+    ]
+    for c, agreed in enumerate(section["agreement"]["each"])
+  ]
+  facts = {
+    "samples a class": str(section["count"]),
+    "judge on real test images": share(section["judge_accuracy"]) + " %",
+    "judge agrees, recognised classes": share(section["agreement_recognised"]["mean"]) + " %",
+    "fresh networks taught by samples alone, on real test images": share(section["tstr"]["mean"]) + " %",
+    "their teacher, the global model": share(section["teacher"]) + " %",
+    "correlation of trust with the judge": _plain((section.get("trust") or {}).get("correlation")),
+    "samples nearer to training than to test images": share((privacy or {}).get("closer")) + " %",
+    "attack by distance to samples (AUC)": _plain((privacy or {}).get("distance_auc")),
+    "attack by the global model's loss (AUC)": _plain((privacy or {}).get("loss_auc")),
+  }
+  header = ["class", "judge agrees (%)", "trust (%)", "different nearest images"]
+  return (
+    "<h2>What the samples are worth</h2><p>Judged by a classifier trained on the whole data set, for this page alone. "
+    "What counts is what fresh networks learn from samples, not what the judge says of them. An attack that learns "
+    "nothing has an AUC of .5; a generator that remembers nothing is as near to test images as to training ones.</p>"
+    f"{_facts(facts)}{_grid(tables.Grid(header, rows))}"
+  )
+
+
+def _plain(value: float | None) -> str:
+  return "–" if value is None else f"{value:.2f}"
+
+
 def _figure(heading: str, caption: str, image: bytes) -> str:
   data = base64.b64encode(image).decode()
   return (
@@ -285,18 +375,26 @@ def _costs(run: runs.Run) -> dict[str, str]:
   seconds = np.array([line["seconds"] - line["compile_seconds"] for line in run.timings])
   trained = rounds > 0  # what only evaluates adds a line, but no round
   versions = summary.get("versions") or {}
+  scored = float(seconds[~trained].sum()) if len(seconds) else 0.0
   facts = {
     "time": _duration(summary.get("seconds")),
     "of which compiling": _duration(summary.get("compile_seconds")),
     "a round, compiled (median over chunks)": _duration(
       float(np.median(seconds[trained] / rounds[trained])) if trained.any() else None
     ),
+    "all rounds, compiled": _duration(float(seconds[trained].sum()) if trained.any() else None),
+    "personalising and scoring at the end, compiled": _duration(scored or None),
     "peak memory": _amount(summary.get("peak_memory_bytes"), "B"),
     "local training": _amount(cost.get("local_flops"), "FLOP"),
     "generator": _amount(cost.get("generator_flops"), "FLOP"),
+    "its share of these and personalisation": tables.percent(cost.get("generator_share"), "")
+    and (tables.percent(cost.get("generator_share")) + " %"),
+    "server": _amount(cost.get("server_flops"), "FLOP"),
     "personalisation": _amount(cost.get("personalize_flops"), "FLOP"),
+    "evaluation": _amount(cost.get("evaluation_flops"), "FLOP"),
     "sent by clients": _amount(cost.get("bytes_up"), "B"),
     "sent to clients": _amount(cost.get("bytes_down"), "B"),
+    "a return, in rounds of traffic": f"{cost['break_even_rounds']:.2f}" if cost.get("break_even_rounds") else "",
     "device": str(summary.get("device") or ""),
     "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     "commit": str(summary.get("commit") or ""),

@@ -131,6 +131,45 @@ def compare(points: Sequence[Point], xlabel: str, ylabel: str) -> bytes:
     return _png(figure)
 
 
+class Front(NamedTuple):
+  """A method in `fronts`.
+
+  Attributes:
+    name: the method.
+    x: in [0, 1], of each variant.
+    y: in [0, 1].
+    best: whether no other variant of the method beats it in both.
+  """
+
+  name: str
+  x: Sequence[float]
+  y: Sequence[float]
+  best: Sequence[bool]
+
+
+def fronts(methods: Sequence[Front], xlabel: str, ylabel: str) -> bytes:
+  """A PNG with a line through the best variants of each method; the others are pale points.
+
+  Raises:
+    InputError: matplotlib is not installed.
+  """
+  with _styled() as new:
+    figure = new()
+    figure.set_size_inches(8.5, 5.5)
+    axes = figure.subplots()
+    for i, method in enumerate(methods):
+      color, marker = _COLORS[i % len(_COLORS)], "osD^vPX<>*"[i % 10]
+      x, y, best = 100 * np.asarray(method.x), 100 * np.asarray(method.y), np.asarray(method.best, bool)
+      order, style = np.argsort(x[best]), ("-", "--", ":")[i // len(_COLORS) % 3]
+      axes.plot(x[~best], y[~best], marker, color=color, ms=4, alpha=0.35)
+      look: dict[str, Any] = {"marker": marker, "color": color, "ms": 6, "lw": 1.5}
+      axes.plot(x[best][order], y[best][order], style, label=method.name, **look)
+    axes.set(xlabel=f"{xlabel} (%)", ylabel=f"{ylabel} (%)")
+    axes.grid()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9)
+    return _png(figure)
+
+
 @contextlib.contextmanager
 def _styled() -> Iterator[Callable[[], Figure]]:
   """Within it, figures look alike, whatever a notebook has set; gives what makes an empty one."""
@@ -347,13 +386,72 @@ def _confusion(figure: Figure, run: Run) -> bool:
   return True
 
 
+def _trust(figure: Figure, run: Run) -> bool:
+  """What the server trusts in samples of each class, against what a judge says of them."""
+  trust, agreement = run.arrays.get("trust"), run.arrays.get("agreement")
+  if trust is None or agreement is None or not trust.size:
+    return False
+  seen = run.arrays.get("seen", np.ones(trust.size, bool)).astype(bool)
+  figure.set_size_inches(5, 4.6)
+  axes = figure.subplots()
+  axes.plot([0, 100], [0, 100], color=_GRID, lw=1.5)
+  for some, color, label in ((seen, PRESENT, "seen classes"), (~seen, DROPPED, "unseen classes")):
+    if some.any():
+      axes.plot(100 * trust[some], 100 * agreement[some], "o", color=color, label=label, clip_on=False)
+  if trust.size <= _LABELLED:
+    for c in np.flatnonzero(seen):  # the others would lie upon each other: they are not trusted
+      name = run.class_names[c] if c < len(run.class_names) else str(c)
+      axes.annotate(name, (100 * trust[c], 100 * agreement[c]), (4, 3), textcoords="offset points", fontsize=8)
+  axes.set(xlabel="trust (%)", ylabel="samples that the judge agrees on (%)", xlim=(-2, 102), ylim=(-2, 102))
+  axes.grid()
+  axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
+  return True
+
+
+def _surface(figure: Figure, run: Run) -> bool:
+  """The objective over both coefficients, mean over clients, and what each client chose."""
+  surface = run.arrays.get("surface")
+  if surface is None or not np.isfinite(surface).all():
+    return False
+  figure.set_size_inches(6.2, 4.8)
+  axes = figure.subplots()
+  # What a pair costs beyond the best one; the first axis of the array is the base's.
+  cost = surface.T - surface.min()
+  side = 0.5 / (len(surface) - 1)
+  image = axes.imshow(
+    cost,
+    origin="lower",
+    extent=(-side, 1 + side, -side, 1 + side),
+    cmap=_counts_map(),
+    vmax=max(float(np.quantile(cost, 0.9)), 1e-6),  # a corner far off would hide all else
+    aspect="auto",
+  )
+  figure.colorbar(image, ax=axes, pad=0.02, label="J above its least, mean over clients", extend="max")
+  clients = run.clients
+  known = np.flatnonzero(np.isfinite(clients.lambda_base) & np.isfinite(clients.lambda_head))
+  # Clients on the same point of the grid would hide each other: each stands a little beside it, on a spiral.
+  turn, radius = 2.4 * np.arange(known.size), 0.9 * side * np.sqrt((np.arange(known.size) + 0.5) / max(known.size, 1))
+  x = clients.lambda_base[known] + radius * np.cos(turn)
+  y = clients.lambda_head[known] + radius * np.sin(turn)
+  for gone, color, label in ((True, DROPPED, "dropped"), (False, PRESENT, "present")):
+    group = clients.dropped[known] == gone
+    if group.any():
+      axes.plot(x[group], y[group], "o", color=color, mec="white", ms=6 if known.size <= _MANY else 3, label=label)
+  axes.set(xlabel="coefficient of the base: 0 friend, 1 local", ylabel="coefficient of the head: 0 friend, 1 local")
+  if known.size:
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
+  return True
+
+
 FIGURES: dict[str, Callable[[Figure, Run], bool]] = {
   "curves": _curves,
   "clients": _clients,
   "partition": _partition,
   "presence": _presence,
   "samples": _samples,
+  "trust": _trust,
   "confusion": _confusion,
+  "surface": _surface,
 }
 
 

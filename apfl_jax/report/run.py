@@ -21,6 +21,9 @@ class Clients(NamedTuple):
     monopolist: bool, holds a class that only dropped clients hold.
     personal_accuracy: float, of its personal model on its own test examples; nan where not known.
     global_accuracy: float, of the global model on the same examples; nan where not known.
+    lambda_base: float, the coefficient of its local model's base where a method mixes two models; nan where not known.
+    lambda_head: float, of its head; likewise.
+    barrier: float, its loss half-way between the two, less the mean of theirs; likewise.
   """
 
   id: np.ndarray
@@ -28,6 +31,9 @@ class Clients(NamedTuple):
   monopolist: np.ndarray
   personal_accuracy: np.ndarray
   global_accuracy: np.ndarray
+  lambda_base: np.ndarray
+  lambda_head: np.ndarray
+  barrier: np.ndarray
 
 
 class Run(NamedTuple):
@@ -103,6 +109,7 @@ def _clients(path: pathlib.Path, monopolistic: set[int]) -> Clients:
   if path.is_file():
     with path.open(newline="") as file:
       rows = list(csv.DictReader(file))
+  of_some = lambda name: np.array([float(row.get(name) or "nan") for row in rows], float)
   try:
     return Clients(
       id=np.array([int(row["client"]) for row in rows], int),
@@ -110,6 +117,9 @@ def _clients(path: pathlib.Path, monopolistic: set[int]) -> Clients:
       monopolist=np.array([not monopolistic.isdisjoint(map(int, row["classes"].split())) for row in rows], bool),
       personal_accuracy=np.array([float(row["personal_accuracy"] or "nan") for row in rows], float),
       global_accuracy=np.array([float(row["global_accuracy"] or "nan") for row in rows], float),
+      lambda_base=of_some("lambda_base"),
+      lambda_head=of_some("lambda_head"),
+      barrier=of_some("barrier"),
     )
   except KeyError as error:
     raise InputError(f"{path}: no column {error}; there are {', '.join(rows[0])}") from error

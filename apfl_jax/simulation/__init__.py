@@ -2,7 +2,7 @@
 
 from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.client_map import client_map, default_mesh, executed_steps, resolve, spread
-from apfl_jax.simulation.cost import Cost, Prices, cost, prices
+from apfl_jax.simulation.cost import Cost, PerClient, Prices, cost, cost_per_client, prices
 from apfl_jax.simulation.memory import Plan, check, peak_resident_bytes, plan
 from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Scores, Simulator, simulator
 from apfl_jax.simulation.run import Record, Result, Stopwatch, peak_memory_bytes, run
@@ -13,6 +13,7 @@ __all__ = [
   "Chunks",
   "Cost",
   "Inputs",
+  "PerClient",
   "Plan",
   "Prices",
   "Record",
@@ -26,6 +27,7 @@ __all__ = [
   "check",
   "client_map",
   "cost",
+  "cost_per_client",
   "default_mesh",
   "executed_steps",
   "peak_memory_bytes",

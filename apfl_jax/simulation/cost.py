@@ -1,4 +1,9 @@
-"""What a run cost: operations and bytes, from the functions of the method alone; no method declares anything."""
+"""What a run cost: operations and bytes, from the functions of the method alone; no method declares anything.
+
+The split is that of method 6.1 [O]: local training, the generator (or whatever else the server computes),
+personalisation, evaluation. Seconds and memory are measured, in timings.jsonl: rounds are one program, so that their
+seconds cannot be told apart by part.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -10,6 +15,7 @@ import numpy as np
 from apfl_jax.metrics import ledger
 from apfl_jax.simulation.rounds import Inputs
 from apfl_jax.simulation.run import Result
+from apfl_jax.training.evaluation import BATCH
 from apfl_jax.types import Algorithm, Data, Process, PyTree, Received, Span, Visit
 
 _PRICED = 32  # client sizes that are priced; those between are interpolated
@@ -21,7 +27,12 @@ class Prices(NamedTuple):
   Attributes:
     local_update: float [N], operations of a client's local training, by row.
     personalize: float [N], operations of making its personal model.
-    aggregate: operations of the server on one round's uploads.
+    aggregate: operations of the server on one round's uploads, where nothing known tells that it does less.
+    server: (n) -> operations of the server in its first n aggregations. One that counts its rounds does not pay for
+      those in which a branch leaves its generator as it is (warm-up, cadence): the count is followed from `init` on.
+      Branches that hang on data count as the dearest.
+    score_global: operations of the global model's answers to a batch of `BATCH` images; 0 without a global model.
+    score_personal: those of a personal model's.
     upload: bytes that a client sends.
     read_locally: bytes of the download that local training reads.
     read_personally: bytes of the download that personalisation reads.
@@ -30,6 +41,9 @@ class Prices(NamedTuple):
   local_update: np.ndarray
   personalize: np.ndarray
   aggregate: float
+  server: Callable[[int], float]
+  score_global: float
+  score_personal: float
   upload: int
   read_locally: int
   read_personally: int
@@ -38,20 +52,47 @@ class Prices(NamedTuple):
 class Cost(NamedTuple):
   """Totals of a run; operations count matrix products and convolutions, two for a multiplication and an addition.
 
+  No operation counts twice: their sum is the run's.
+
   Attributes:
     local_flops: training on clients, all rounds.
-    generator_flops: what the server computes in `aggregate`; None where it computes no matrix product. Rounds of a
-      warm-up count as if they trained.
+    generator_flops: what a server that learns to draw examples or features computes in `aggregate`, in the rounds in
+      which it does; None for other methods.
+    server_flops: what any other server computes there; None where it computes no matrix product.
     personalize_flops: making the personal models of the clients scored at the end.
+    evaluation_flops: scoring models, and making personal models before the end, which are made to be scored.
     bytes_up: uploads of all clients that started, lost ones included.
     bytes_down: what clients that started, and clients personalised at the end, read of the download.
+    generator_share: of the operations without evaluation; None without a generator.
+    break_even_rounds: bytes that a returning client reads to personalise, in rounds of its traffic: if it is spared
+      more rounds than that, personalising from one download is the cheaper way. None where rounds have no traffic.
   """
 
   local_flops: float
   generator_flops: float | None
+  server_flops: float | None
   personalize_flops: float
+  evaluation_flops: float
   bytes_up: float
   bytes_down: float
+  generator_share: float | None
+  break_even_rounds: float | None
+
+
+class PerClient(NamedTuple):
+  """The clients' share of a run's cost, [N] by row; what the server computes is not in it.
+
+  Attributes:
+    local_flops: float.
+    personalize_flops: float; 0 for clients that were not scored.
+    bytes_up: float.
+    bytes_down: float.
+  """
+
+  local_flops: np.ndarray
+  personalize_flops: np.ndarray
+  bytes_up: np.ndarray
+  bytes_down: np.ndarray
 
 
 def prices(
@@ -60,24 +101,48 @@ def prices(
   server: PyTree,
   wait: int = 0,
   num_offsets: int = 0,
+  cohort_size: int = 1,
 ) -> Prices:
   """Prices a method by tracing its functions; nothing is compiled or run.
 
   Args:
     build: as of the simulator.
     inputs: the run's.
-    server: the method's; what is known of it (a count of rounds) decides which branches are priced.
+    server: the method's, or its shapes.
     wait: idle local steps of a visit, which some methods use.
     num_offsets: length of `Data.logit_offset`, C; 0 for None.
+    cohort_size: K, uploads that the server gets in a round.
   """
-  federation = inputs.federation
+
+  # Under jit each is traced once, however often the ledger asks.
+  @jax.jit
+  def local_update(settings, *rest):
+    return build(settings)[0].local_update(*rest)
+
+  @jax.jit
+  def personalize(settings, *rest):
+    return build(settings)[0].personalize(*rest)
+
+  @jax.jit
+  def aggregate(settings, *rest):
+    return build(settings)[0].aggregate(*rest)
+
+  @jax.jit
+  def answer(settings, model, images):
+    return build(settings)[0].predict(model, images)
+
   shapes = lambda tree: jax.eval_shape(lambda x: x, tree)
-  settings, store = shapes(inputs.settings), shapes(federation.store)
+  federation = inputs.federation
+  settings, store, server = shapes(inputs.settings), shapes(federation.store), shapes(server)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  algorithm = lambda settings: build(settings)[0]
-  download = jax.eval_shape(lambda s, server: algorithm(s).download(server), settings, server)
-  download = download._replace(own=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), download.own))
-  client = jax.eval_shape(lambda s, d, k: algorithm(s).init_client(d, k), settings, download, key)
+
+  def around(settings, server, key):
+    algorithm, _ = build(settings)
+    download = algorithm.download(server)
+    own = download._replace(own=jax.tree.map(lambda x: x[0], download.own))
+    return own, algorithm.init_client(own, key), algorithm.global_model(server)
+
+  download, client, global_model = jax.eval_shape(around, settings, server, key)
 
   def arguments(size: int, validation: int) -> tuple:
     # Numbers are known to the ledger; traced and abstract values are not.
@@ -87,15 +152,6 @@ def prices(
     visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=cast(Any, whole), wait=number(wait))
     offset: Any = jax.ShapeDtypeStruct((num_offsets,), jnp.float32) if num_offsets else None
     return settings, download, client, Data(store, *spans, offset), visit, key
-
-  def local_update(settings, download, client, data, visit, key):
-    return algorithm(settings).local_update(download, client, data, visit, key)
-
-  def personalize(settings, download, client, data, visit, key):
-    return algorithm(settings).personalize(download, client, data, visit, key)
-
-  def aggregate(settings, server, received, key):
-    return algorithm(settings).aggregate(server, received, key)
 
   train, validation = np.asarray(federation.train.size), np.asarray(federation.validation.size)
   sizes, first = np.unique(train, return_index=True)
@@ -112,30 +168,91 @@ def prices(
   received = Received(
     total=upload.update,
     weight=upload.weight,
-    kept=jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), upload.kept),
-    ids=abstract((1,), jnp.int32),
-    arrived=abstract((1,), bool),
-    staleness=abstract((1,), jnp.int32),
+    kept=jax.tree.map(lambda x: jax.ShapeDtypeStruct((cohort_size, *x.shape), x.dtype), upload.kept),
+    ids=abstract((cohort_size,), jnp.int32),
+    arrived=abstract((cohort_size,), bool),
+    staleness=abstract((cohort_size,), jnp.int32),
   )
+
+  def served(aggregations: int) -> float:
+    follow = ledger.follower(aggregate, inputs.settings, server, received, key)
+    init = ledger.follower(lambda settings, key: build(settings)[0].init(key), inputs.settings, key)
+    _, known = init(inputs.settings, key)
+    total = 0.0
+    for done in range(aggregations):
+      operations, after = follow(inputs.settings, known, received, key)
+      if _same(after, known):
+        return total + (aggregations - done) * operations
+      total, known = total + operations, after
+    return total
+
+  images = jax.ShapeDtypeStruct((BATCH, *federation.store.images.shape[1:]), jnp.float32)
+  score = lambda model: 0.0 if model is None else ledger.flops(answer, settings, model, images)
   read = lambda function: ledger.bytes_read(function, *arguments(1, 1), argnum=1)
   return Prices(
     local_update=each_client(local_update),
     personalize=each_client(personalize),
     aggregate=ledger.flops(aggregate, settings, server, received, key),
+    server=served,
+    score_global=score(global_model),
+    score_personal=score(jax.eval_shape(personalize, *arguments(1, 1))),
     upload=ledger.nbytes(upload),
     read_locally=read(local_update),
     read_personally=read(personalize),
   )
 
 
-def cost(prices: Prices, result: Result) -> Cost:
-  """What a run cost in all."""
-  times = np.asarray(result.state.times)
-  visits, rounds = float(times.sum()), sum(n > 0 for n in result.record.arrived)
+def _same(a: PyTree, b: PyTree) -> bool:
+  """Whether the same is known of both."""
+  unknown = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(unknown(x) and unknown(y) or not unknown(x) and not unknown(y) and np.array_equal(x, y) for x, y in pairs)
+
+
+def cost(prices: Prices, result: Result, inputs: Inputs, *, generates: bool) -> Cost:
+  """What a run cost in all.
+
+  Args:
+    prices: of the method.
+    result: the run's.
+    inputs: the run's.
+    generates: whether the server trains a generator.
+  """
+  server = prices.server(sum(arrived > 0 for arrived in result.record.arrived))
+  each = cost_per_client(prices, result)
+  batches = lambda size: (np.asarray(size) + BATCH - 1) // BATCH
+  tests, pooled = int(batches(inputs.federation.test.size)[result.rows].sum()), int(batches(inputs.pooled.size))
+  # Two read-outs of the pooled examples where they are not one.
+  pooled_personally = len(result.rows) * pooled * (1 if isinstance(result.personal_scores.as_own, tuple) else 2)
+  lines = result.record.metrics
+  personally = sum(line["personal_pooled_accuracy"] is not None for line in lines)
+  evaluation = len(lines) * prices.score_global * (tests + pooled)
+  evaluation += personally * prices.score_personal * (tests + pooled_personally)
+  evaluation += (personally - 1) * each.personalize_flops.sum()
+  local, personal = float(each.local_flops.sum()), float(each.personalize_flops.sum())
+  total = local + server + personal
+  traffic = prices.upload + prices.read_locally
   return Cost(
-    local_flops=float((prices.local_update * times).sum()),
-    generator_flops=rounds * prices.aggregate or None,
-    personalize_flops=float(prices.personalize[result.rows].sum()),
-    bytes_up=visits * prices.upload,
-    bytes_down=visits * prices.read_locally + len(result.rows) * prices.read_personally,
+    local_flops=local,
+    generator_flops=server if generates else None,
+    server_flops=None if generates else server or None,
+    personalize_flops=personal,
+    evaluation_flops=float(evaluation),
+    bytes_up=float(each.bytes_up.sum()),
+    bytes_down=float(each.bytes_down.sum()),
+    generator_share=server / total if generates and total else None,
+    break_even_rounds=prices.read_personally / traffic if traffic else None,
+  )
+
+
+def cost_per_client(prices: Prices, result: Result) -> PerClient:
+  """What each client's part was, by row."""
+  times = np.asarray(result.state.times).astype(float)
+  scored = np.zeros(len(times))
+  scored[result.rows] = 1.0
+  return PerClient(
+    local_flops=prices.local_update * times,
+    personalize_flops=prices.personalize * scored,
+    bytes_up=prices.upload * times,
+    bytes_down=prices.read_locally * times + prices.read_personally * scored,
   )

@@ -75,11 +75,15 @@ class Scores(NamedTuple):
       client's log label prior added to the logits.
     pooled: int32 [R, C, C], on the pooled test examples.
     verification: float32 [R, 2], see `metrics.verification.rates`; () where nothing is held out.
+    described: arrays [R, ...] by name, see `Algorithm.describe`; of personal models only.
+    as_own: int32 [R, C, C], on the pooled test examples, read out as own ones are; () where that is `pooled`.
   """
 
   own: Array
   pooled: Array
   verification: Array | tuple[()] = ()
+  described: dict[str, Array] | tuple[()] = ()
+  as_own: Array | tuple[()] = ()
 
 
 class Simulator(NamedTuple):
@@ -91,8 +95,8 @@ class Simulator(NamedTuple):
     schedule: (presence, seed, settings, round, rounds <= chunk) -> (presence, ids int32 [chunk, K], ok [chunk, K]), the
       cohorts of the coming rounds; `presence` is the state of the population process before and after them.
     score_global: (state, inputs, rows [R], ok [R]) -> Scores of the global model, `pooled` left at zeros.
-    score_pooled: (state, inputs, classes bool [C]) -> int32 [C, C], the global model on the pooled test examples,
-      answering with one of these classes only.
+    score_pooled: (state, inputs, classes bool [C]) -> float32 [C, C], the global model on the pooled test examples,
+      answering with one of these classes only, ties shared out.
     score_personal: (state, inputs, rows [R], ok [R], classes bool [C] or None) -> Scores of the personal models, which
       are made and dropped. `classes` are those that clients present hold; only the softmax mask `present` needs them.
     present: (state of the population process, seed, settings, round) -> bool [N] by id, who is there; for scoring.
@@ -327,7 +331,10 @@ def simulator(
 
     own = training.evaluate(own_answer, federation.store, _at(federation.test, row), num_classes)
     others = training.evaluate(answer, federation.store, pooled, num_classes)
-    return Scores(own.confusion, others.confusion)
+    if prior is None:
+      return Scores(own.confusion, others.confusion)
+    as_own = training.evaluate(own_answer, federation.store, pooled, num_classes)
+    return Scores(own.confusion, others.confusion, as_own=as_own.confusion)
 
   @compiled
   def score_global(state: State, inputs: Inputs, rows: Array, ok: Array) -> Scores:
@@ -379,7 +386,8 @@ def simulator(
       key = random.key(inputs.seed, Purpose.PERSONALIZE, id)
       model = algorithm.personalize(download, client, data_of(inputs.federation, row, classes), visit, key)
       scores = score(algorithm.predict, inputs.federation, inputs.pooled, model, row)
-      return (), scores._replace(verification=_verified(partial(algorithm.predict, model), inputs))
+      verified = _verified(partial(algorithm.predict, model), inputs)
+      return (), scores._replace(verification=verified, described=algorithm.describe(model))
 
     ids = federation.id[rows]
     mine = jax.tree.map(lambda x: x[rows], state.clients)

@@ -53,8 +53,8 @@ class Result(NamedTuple):
     global_scores: Scores [R] of the global model on the clients' own test examples; None where the method has none.
     personal_scores: Scores [R] of the personal models.
     plan: what memory the run was to take.
-    pooled_confusion: (classes bool [C]) -> int32 [C, C], the global model on the pooled test examples, answering with
-      one of these classes only; None without a global model.
+    pooled_confusion: (classes bool [C]) -> float32 [C, C], the global model on the pooled test examples, answering with
+      one of these classes only, ties shared out; None without a global model.
   """
 
   state: State

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from apfl_jax import algorithms, nn, population, semantics, simulation
-from apfl_jax.algorithms.ap_fl import generation, interpolation, statistics
-from apfl_jax.types import Generator, LocalSGD, Params, Task
+from apfl_jax.algorithms.ap_fl import generation, sources, statistics
+from apfl_jax.types import Generator, LocalSGD, Task
 from tests import tasks
 
-QUIET = {"generator_steps": 0, "mask_softmax": False, "layer_statistics": False}
+QUIET = {"generator_steps": 0, "mask_softmax": False, "tier": "s0"}
 
 
 def one_run(name, *, rounds=3, head="free", **settings):
@@ -43,7 +43,7 @@ def test_without_synthetic_data_at_lambda_one_it_is_fedavg_with_fine_tuning():
   state, personal, _ = one_run("ap_fl", **QUIET, **local_only)
   expected, expected_personal, _ = one_run("fedavg_ft")
   tasks.assert_same(state.server.params, expected.server)
-  tasks.assert_same(personal, expected_personal)
+  tasks.assert_same(personal._replace(described={}), expected_personal)
 
 
 def test_without_friend_steps_at_lambda_zero_it_is_the_global_model():
@@ -112,8 +112,8 @@ def test_the_generator_learns_what_the_teacher_takes_for_each_class():
   state = simulator.init(inputs)
   untrained = _agreement(inputs, state.server)
   warming, _ = simulator.advance(state, inputs, np.int32(2))
-  warm = tasks.on_host(warming.server.generator)
-  tasks.assert_same(warm, tasks.on_host(simulator.init(inputs).server.generator))  # not before its warm-up is over
+  warm = tasks.on_host(warming.server.source)
+  tasks.assert_same(warm, tasks.on_host(simulator.init(inputs).server.source))  # not before its warm-up is over
   state, _ = simulator.advance(warming, inputs, np.int32(4))
   assert untrained < 0.6
   assert _agreement(inputs, state.server) > 0.9
@@ -208,6 +208,7 @@ def test_each_loss_is_in_the_total_with_its_weight_and_sign(term):
   noise_size = 3
   images = jnp.clip(jax.random.uniform(jax.random.key(1), (20, *tasks.IMAGE_SHAPE)), 0, 1)
   generator = Generator(init=lambda key: (), apply=lambda params, noise, e: images, noise_size=noise_size)
+  source = sources.source(task, "image")._replace(generator=generator)
   rows = generation.draw_rows(task.embeddings, jnp.array([9.0, 4, 1, 0]), jnp.bool_(True), 20, jax.random.key(2))
   key = jax.random.key(3)
   wanted = statistics.moments(task.model.base(teacher.base, images * 0.5)[1], jnp.ones(20))
@@ -218,13 +219,13 @@ def test_each_loss_is_in_the_total_with_its_weight_and_sign(term):
     return float(
       generation.generator_loss(
         task,
-        generator,
+        source,
         (),
         teacher,
         rows,
         key,
         weights=total,
-        statistics=wanted,
+        statistics=statistics.Statistics(wanted, ()),
         classes=jnp.ones(4, bool),
       )
     )
@@ -244,54 +245,3 @@ def test_each_loss_is_in_the_total_with_its_weight_and_sign(term):
   }[term]
   assert expected > 0
   assert loss(**{term: 2.0}) - loss() == pytest.approx(2 * expected, rel=1e-3)
-
-
-# --- interpolation ----------------------------------------------------------------------------------------------------
-
-
-def _quadratic(target: Params):
-  """J = |base - target.base|^2 + 2 |head - target.head|^2 + base . head, on plain vectors."""
-
-  def objective(base, heads):
-    return jnp.sum((base - target.base) ** 2) + 2 * jnp.sum((heads - target.head) ** 2, axis=-1) + heads @ base / 3
-
-  return objective
-
-
-def _vector(seed):
-  return Params(*jax.random.normal(jax.random.key(seed), (2, 4)))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_choose_is_the_brute_force_minimum_over_the_grid_the_ends_and_the_start(seed):
-  local, friend, start, target = (_vector(4 * seed + i) for i in range(4))
-  target = [target, local, friend, start][seed % 4]  # so that every candidate wins for some seed
-  objective = _quadratic(target)
-  value = lambda p: float(objective(p.base, p.head[None])[0])
-  pair = (jnp.float32(0.25), jnp.float32(0.6))
-  arguments = (objective, local, friend, start)
-  chosen = lambda grid, guard: interpolation.choose(
-    *arguments, points=6, on_grid=jnp.bool_(grid), pair=pair, guarded=jnp.bool_(guard)
-  )
-  shares = np.linspace(0, 1, 6)
-  candidates = [interpolation.interpolate(local, friend, b, h) for b in shares for h in shares]
-  best = min(map(value, candidates))
-  assert value(chosen(True, False)) == pytest.approx(best, rel=1e-5)
-  assert value(chosen(True, True)) == pytest.approx(min(best, value(start)), rel=1e-5)
-  given = interpolation.interpolate(local, friend, *pair)
-  tasks.assert_same(chosen(False, False), given)
-  guarded = min(map(value, (given, local, friend, start)))
-  assert value(chosen(False, True)) == pytest.approx(guarded, rel=1e-5)
-
-
-def test_interpolation_is_exact_at_its_ends_and_decoupled_between():
-  local, friend = _vector(0), _vector(1)
-  tasks.assert_same(interpolation.interpolate(local, friend, 1.0, 1.0), local)
-  tasks.assert_same(interpolation.interpolate(local, friend, 0.0, 0.0), friend)
-  tasks.assert_same(interpolation.interpolate(local, friend, 1.0, 0.0), Params(local.base, friend.head))
-
-
-def test_coefficients_by_size():
-  base, head = interpolation.by_size(jnp.array([0, 50, 200]))
-  np.testing.assert_allclose(base, [0, 0.2, 0.5], rtol=1e-6)
-  np.testing.assert_allclose(head, [0, 0.8, 200 / 212.5], rtol=1e-6)

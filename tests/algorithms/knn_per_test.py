@@ -14,7 +14,7 @@ IMAGES = np.float32(linear.IMAGES / 255)
 
 def personal(id, *, size=None, validation=None, **settings):
   """(model, probabilities of all images) of a client that never took part."""
-  algorithm = knn_per(linear.task(), **settings)
+  algorithm = knn_per(linear.task(), **({"tune_scale": False} | settings))
   download = algorithm.download(algorithm.init(jax.random.key(0)))
   data = linear.data(id, size)
   if validation is not None:
@@ -72,6 +72,24 @@ def test_the_share_is_the_best_on_validation_examples():
   assert np.argmax(likely) > 0
   np.testing.assert_allclose(model.share, shares[np.argmax(likely)])
   assert float(personal(2, validation=0, share=0.3)[0].share) == np.float32(0.3)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.1, 1.0])  # the best is .1 for client 3, whichever place it has
+def test_the_scale_can_be_chosen_with_the_share(scale):
+  x, y = linear.oracle(3)
+  settings = {"neighbours": 5, "scale": scale}
+  model, chance = personal(3, tune_scale=True, **settings)
+  likely = {
+    (share, tried): np.log((y * (share * neighbours(3, 5, tried, x) + (1 - share) * softmax(x))).sum(1)).mean()
+    for share in np.linspace(0, 1, 11)
+    for tried in (0.1 * scale, scale, 10 * scale)
+  }
+  np.testing.assert_allclose((model.share, model.scale), max(likely, key=likely.get), rtol=1e-5)
+  flat = IMAGES.reshape(len(IMAGES), -1)
+  expected = model.share * neighbours(3, 5, float(model.scale), flat) + (1 - model.share) * softmax(flat)
+  np.testing.assert_allclose(chance, expected, rtol=1e-3, atol=1e-5)
+  np.testing.assert_allclose(personal(3, **settings)[0].scale, scale, rtol=1e-6)
+  np.testing.assert_allclose(personal(3, validation=0, tune_scale=True, **settings)[0].scale, scale, rtol=1e-6)
 
 
 def test_a_full_datastore_holds_a_random_subset_and_an_empty_one_leaves_the_model():

@@ -80,7 +80,10 @@ def test_a_run_leaves_all_that_the_design_lists(finished):
     "personal_accuracy": "mean weighted_mean std worst_decile dropped present monopolists",
     "pooled_accuracy": "global_model personal_mean personal_dropped",
     "unseen": "classes accuracy seen_accuracy harmonic_mean restricted_accuracy",
-    "cost": "local_flops generator_flops personalize_flops bytes_up bytes_down",
+    "cost": "local_flops generator_flops server_flops personalize_flops evaluation_flops bytes_up bytes_down"
+    " generator_share break_even_rounds",
+    "reweighted_accuracy": "mean dropped gini jain dropped_gap monopolist_gap",
+    "recall": "global_model personal",
   }
   assert {"algorithm", "dataset", "num_clients", "rounds", "seed", "device", "versions", "commit"} <= set(summary)
   for name, keys in wanted.items():
@@ -104,11 +107,32 @@ def test_the_clients_table_agrees_with_the_summary(finished):
   assert mean(rows, "personal_accuracy") == pytest.approx(summary["personal_accuracy"]["mean"])
   assert mean(dropped, "personal_accuracy") == pytest.approx(summary["personal_accuracy"]["dropped"])
   assert mean(dropped, "pooled_accuracy") == pytest.approx(summary["pooled_accuracy"]["personal_dropped"])
+  assert mean(rows, "reweighted_accuracy") == pytest.approx(summary["reweighted_accuracy"]["mean"])
+  for name in ("local_flops", "personalize_flops", "bytes_up", "bytes_down"):
+    assert sum(float(row[name]) for row in rows) == pytest.approx(summary["cost"][name], rel=1e-6)
+  assert all((float(row["local_flops"]) == 0) == (row["dropped"] == "1") for row in rows)
+  with np.load(workdir / "arrays.npz") as file:
+    recalls, scored = file["personal_recall"], file["scored"]
+  assert scored.tolist() == list(range(6))
+  for row, recall in zip(rows, recalls, strict=True):
+    held = [int(c) for c in row["classes"].split()]
+    assert min(recall[held]) - 1e-6 <= float(row["reweighted_accuracy"]) <= max(recall[held]) + 1e-6
+    assert np.nanmean(recall) == pytest.approx(float(row["pooled_accuracy"]))  # as many examples of each class
   # A monopolistic class is held by dropped clients only, so the federation never saw it.
   held = [{int(c) for c in row["classes"].split()} for row in rows]
   here = set.union(*(h for h, row in zip(held, rows, strict=True) if row["dropped"] == "0"))
   assert summary["monopolistic_classes"] == summary["unseen"]["classes"] == sorted(set.union(*held) - here)
   assert len(summary["monopolistic_classes"]) >= 1
+
+
+def test_the_clients_table_tells_what_they_chose(finished):
+  workdir, _ = finished
+  rows = list(csv.DictReader((workdir / "clients.csv").open()))
+  assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("lambda_base", "lambda_head"))
+  assert all(row["guard"] in "0123" and np.isfinite(float(row["barrier"])) for row in rows)
+  with np.load(workdir / "arrays.npz") as file:
+    assert file["surface"].shape == (6, 6)
+  assert (workdir / "surface.png").is_file()
 
 
 def test_it_ends_with_the_table(finished):

@@ -47,3 +47,23 @@ def test_accuracy_and_recall_of_stacked_matrices():
   np.testing.assert_allclose(metrics.accuracy(stacked), [0.7, 0.0, np.nan])
   np.testing.assert_allclose(metrics.recall(stacked), [[0.75, 4 / 6], [np.nan, 0.0], [np.nan, np.nan]])
   assert metrics.accuracy(stacked[0]) == pytest.approx(0.7)
+
+
+def test_shared_answers_split_ties_and_only_ties():
+  logits = np.array([[1, 2, 2, 5], [3, 1, 1, 0], [2, 2, 2, 2], [np.nan, 0, -1, 9], [-1000, -1000.01, -2000, 0]], float)
+  classes = np.array([True, True, True, False])
+  third = 1 / 3
+  want = [[0, 0.5, 0.5, 0], [1, 0, 0, 0], [third, third, third, 0], [0, 1, 0, 0], [1, 0, 0, 0]]
+  got = jax.jit(metrics.shared_answers)(logits, classes)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+  counts = metrics.confusion(jnp.array([1, 0, 2, 1, 1]), got, jnp.array([True, True, True, True, False]), 4)
+  np.testing.assert_allclose(
+    counts, [[1, 0, 0, 0], [0, 1.5, 0.5, 0], [third, third, third, 0], [0, 0, 0, 0]], atol=1e-6
+  )
+
+
+def test_what_differs_by_rounding_ties():
+  logits = jnp.array([[0.3, 0.1 + 0.2, 0.0]]) * 7
+  np.testing.assert_allclose(metrics.shared_answers(logits, jnp.ones(3, bool)), [[0.5, 0.5, 0]], atol=1e-6)
+  nothing = metrics.shared_answers(jnp.full((1, 3), jnp.nan), jnp.array([True, False, True]))
+  np.testing.assert_allclose(nothing, [[0.5, 0, 0.5]], atol=1e-6)

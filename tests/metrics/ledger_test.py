@@ -182,6 +182,33 @@ def test_a_loop_that_counts_by_two_is_not_taken_for_one_that_counts_by_one():
     ledger.flops(even, SQUARE, 6)
 
 
+def test_a_state_is_followed_from_call_to_call():
+  """A server that trains in some rounds only: what it costs is what those rounds cost."""
+
+  def aggregate(server, x):
+    count, weights = server
+    trained = jax.lax.cond((count >= 2) & (count % 3 == 0), lambda w: powers(w, 5), lambda w: w, weights)
+    return count + 1, trained + x
+
+  start = (np.int32(0), SQUARE)
+  follow, server, costs = ledger.follower(aggregate, start, SQUARE), start, []
+  for _ in range(8):
+    operations, server = follow(server, SQUARE)
+    costs.append(operations)
+  assert costs == [5 * PRODUCT if t >= 2 and t % 3 == 0 else 0 for t in range(8)]
+  assert server[0] == 8 and isinstance(server[1], jax.ShapeDtypeStruct)
+
+
+@pytest.mark.parametrize("inner", [3, 4])
+def test_a_loop_without_decisions_is_walked_once_and_one_with_them_anew(inner):
+  def train(x, bound):
+    steady = jax.lax.fori_loop(0, 6, lambda i, c: c @ c, x)
+    return jax.lax.fori_loop(0, 6, lambda i, c: powers(c, bound), steady)
+
+  price = ledger.pricer(train, SQUARE, np.int32(0))
+  assert [price(SQUARE, np.int32(n)) for n in (inner, 0, inner)] == [(6 + 6 * n) * PRODUCT for n in (inner, 0, inner)]
+
+
 class Download(NamedTuple):
   shared: dict
   own: jax.ShapeDtypeStruct

@@ -21,7 +21,7 @@ def _table():
 
 
 def _model(name="cnn_small", head="free", **options):
-  return classifier(name, SHAPE, 5, head=head, embeddings=_table() if head == "anchored" else None, **options)
+  return classifier(name, SHAPE, 5, head=head, embeddings=None if head == "free" else _table(), **options)
 
 
 def _size(tree):
@@ -102,6 +102,18 @@ def test_anchored_head_scores_the_rows_of_the_table():
   np.testing.assert_allclose(model.head(params.head, features), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_cosine_head_scores_ten_times_the_cosine_and_is_smooth_at_zero():
+  model, table = _model(head="cosine"), np.asarray(_table())
+  params = jax.jit(model.init)(jax.random.key(0)).head
+  features = np.asarray(_images(1, 4, 64))
+  meant = features @ np.asarray(params["kernel"])
+  expected = 10 * (meant / np.linalg.norm(meant, axis=1, keepdims=True)) @ table.T
+  np.testing.assert_allclose(model.head(params, features), expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(model.semantics(params, features), meant, rtol=1e-5, atol=1e-5)
+  slope = jax.grad(lambda params: jnp.sum(model.head(params, jnp.zeros((2, 64))) ** 2))(params)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
+
+
 def test_onehot_anchored_head_is_the_free_head_without_bias():
   features = _images(1, 3, 64)
   anchored = classifier("cnn_small", SHAPE, 5, head="anchored", embeddings=jnp.eye(5))
@@ -166,7 +178,7 @@ def test_bfloat16_is_close_to_float32():
   [
     (("cnn", (2, 2, 1), 10), {}, ["cnn", "2 x 2 x 1", "4"]),
     (("resnet", SHAPE, 10), {}, ["resnet", *MODELS]),
-    (("mlp", SHAPE, 10), {"head": "cosine"}, ["cosine", *HEADS]),
+    (("mlp", SHAPE, 10), {"head": "linear"}, ["linear", *HEADS]),
     (("mlp", SHAPE, 10), {"head": "anchored"}, ["none", "[10, D]"]),
     (("mlp", SHAPE, 10), {"head": "anchored", "embeddings": np.eye(5)}, ["[5, 5]", "[10, D]"]),
   ],

@@ -19,6 +19,10 @@ def bars(mean, dropped, present):
     "dropped": dropped,
     "present": present,
     "monopolists": dropped,
+    "gini": 0.05,
+    "jain": 0.987,
+    "dropped_gap": dropped - present,
+    "monopolist_gap": None,
   }
 
 
@@ -67,11 +71,13 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
   with (path / "clients.csv").open("w", newline="") as file:
     writer = csv.writer(file)
     header = "client,dropped,rounds_present,train_size,classes,personal_accuracy,global_accuracy,pooled_accuracy"
-    writer.writerow(header.split(","))
+    # What each client chose is told by methods that mix two models.
+    writer.writerow(header.split(",") + (["lambda_base", "lambda_head", "guard", "barrier"] if generator else []))
     for i in range(clients):
       held = " ".join(map(str, np.flatnonzero(histogram[i])))
       scores = (personal[i], shared[i], 0.5) if evaluated else ("", "", "")
-      writer.writerow([i, int(dropped[i]), 0 if dropped[i] else rounds, histogram[i].sum(), held, *scores])
+      chosen = (round(0.2 * (i % 6), 1), 0.6, 0, 0.25 if i == 1 else 0.01) if generator else ()
+      writer.writerow([i, int(dropped[i]), 0 if dropped[i] else rounds, histogram[i].sum(), held, *scores, *chosen])
   summary = {
     "algorithm": algorithm,
     "dataset": "digits & <i>more</i>",
@@ -91,6 +97,10 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
       "personal_mean": number(0.571),
       "personal_dropped": number(0.55),
     },
+    "recall": {
+      "global_model": None,
+      "personal": {"each": [0.5] * classes, "mean": 0.5, "std": 0.11, "least": 0.222} if evaluated else None,
+    },
     "unseen": {
       "classes": monopolistic if evaluated else [],
       "accuracy": number(0.123),
@@ -101,6 +111,9 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
     "cost": {
       "local_flops": 3.2e12,
       "generator_flops": 1.5e13 if generator else None,
+      "server_flops": None,
+      "generator_share": 0.816 if generator else None,
+      "break_even_rounds": 0.64,
       "personalize_flops": 2e11,
       "bytes_up": 41_000_000,
       "bytes_down": 66_000_000,
@@ -112,6 +125,20 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
     "versions": {"python": "3.11.2", "jax": "0.10.2"},
     "commit": "0123abc",
   }
+  agreement, trust = rng.random((2, classes))
+  if generator:
+    summary["samples"] = {
+      "count": 64,
+      "judge_accuracy": 0.987,
+      "recognised": list(range(classes - 2)),
+      "agreement": {"each": agreement.tolist()},
+      "agreement_recognised": {"mean": 0.876},
+      "teacher": 0.854,
+      "tstr": {"mean": 0.743, "std": 0.01},
+      "modes": {"each": [7] * classes, "mean": 7.0},
+      "trust": {"each": trust.tolist(), "correlation": 0.31, "error": 0.2},
+    }
+    summary["privacy"] = {"examples": 100, "closer": 0.512, "distance_auc": 0.52, "loss_auc": None}
   (path / "summary.json").write_text(json.dumps(summary))
   followed = np.sort(rng.permutation(clients)[:200])
   took_part = (rng.random((rounds, followed.size)) < 0.8) & ~dropped[followed]
@@ -126,8 +153,10 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
   if evaluated:
     arrays["pooled_confusion"] = confusion
   if generator:
+    arrays["surface"] = np.add.outer((np.linspace(0, 1, 6) - 0.4) ** 2, (np.linspace(0, 1, 6) - 0.8) ** 2)
     arrays["samples"] = images(rng, classes, 8, 0.5)
     arrays["real"] = images(rng, classes, 8, 0.15)
+    arrays["agreement"], arrays["trust"] = agreement, trust
   np.savez(path / "arrays.npz", **arrays)
   return path
 

@@ -64,7 +64,7 @@ def test_page_holds_the_pictures_beside_it(ap_fl):
   inside = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.images.values()}
   assert inside == {file.read_bytes() for file in ap_fl.glob("*.png")}
   assert {file.name for file in ap_fl.glob("*.png")} == {
-    f"{name}.png" for name in ("curves", "clients", "partition", "presence", "samples", "confusion")
+    f"{name}.png" for name in ("curves", "clients", "partition", "presence", "samples", "trust", "confusion", "surface")
   }
 
 
@@ -92,9 +92,23 @@ def test_page_says_what_the_run_says(ap_fl):
     f"python -m experiments.train --flagfile={ap_fl}/flags.txt",
     "--alpha=0.15",
     "Deng et al.",
+    "personal models 8.0 0.050 0.987 +3.0 – 50.0 11.0 22.2",
+    "global model 8.0 0.050 0.987 -47.8 – – – –",
+    "judge agrees, recognised classes 87.6 %",
+    "fresh networks taught by samples alone, on real test images 74.3 %",
+    "$nine$ (not recognised)",
+    "nearer to training than to test images 51.2 %",
+    "its share of these and personalisation 81.6 %",
+    "a return, in rounds of traffic 0.64",
   ):
     assert words in text
   assert "did not finish" not in text
+
+
+def test_a_barrier_between_the_two_models_is_warned_of(ap_fl, fedavg):
+  text = Page(report.write(ap_fl)).text
+  assert "1 client lost more than 0.2 of cross-entropy half-way" in text
+  assert "half-way between the two models" not in Page(report.write(fedavg)).text
 
 
 def test_names_are_escaped(ap_fl):
@@ -102,13 +116,14 @@ def test_names_are_escaped(ap_fl):
   (ap_fl / "flags.txt").write_text("--note=</pre><script>\n")
   page = Page(report.write(ap_fl))
   assert not {"script", "b", "i"} & set(page.tags)
-  assert page.tags.count("img") == len(page.images) == 6
+  assert page.tags.count("img") == len(page.images) == 8
   assert "<script>alert(1)</script>" in page.text and "--note=</pre><script>" in page.text
 
 
 def test_only_ap_fl_is_told_from_apfl(fedavg):
   page = Page(report.write(fedavg))
   assert "Deng" not in page.text and page.links == []
+  assert "What the samples are worth" not in page.text
   assert "What the generator draws" not in page.text and not (fedavg / "samples.png").exists()
 
 
@@ -136,7 +151,7 @@ def test_written_again_nothing_stale_or_temporary_stays(ap_fl):
   before = {file.name for file in ap_fl.iterdir()}
   report.write(ap_fl)
   gone = before - {file.name for file in ap_fl.iterdir()}
-  assert gone == {"partition.png", "presence.png", "samples.png", "confusion.png"}
+  assert gone == {"partition.png", "presence.png", "samples.png", "trust.png", "confusion.png", "surface.png"}
   assert not list(ap_fl.glob(".*")) and not list(ap_fl.glob("*.tmp"))
 
 

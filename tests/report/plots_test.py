@@ -30,8 +30,8 @@ def hexadecimal(color):
   ("kind", "missing"),
   [
     ("ap_fl", set()),
-    ("fedavg", {"samples"}),
-    ("unevaluated", {"curves", "clients", "samples", "confusion"}),
+    ("fedavg", {"samples", "trust", "surface"}),
+    ("unevaluated", {"curves", "clients", "samples", "trust", "confusion", "surface"}),
   ],
 )
 def test_draws_what_the_run_left(kind, missing, request):
@@ -47,6 +47,22 @@ def test_draws_what_the_run_left(kind, missing, request):
 def test_draws_runs_of_any_size(names, clients, make_run):
   path = make_run("sized", clients=clients, rounds=2 if clients < 3 else 600, names=names)
   assert plots.draw(run.read(path)).keys() == plots.FIGURES.keys()
+
+
+def test_trust_is_drawn_against_the_judge_class_by_class(ap_fl):
+  axes = draw("trust", ap_fl).axes[0]
+  with np.load(ap_fl / "arrays.npz") as file:
+    trust, agreement, seen = (file[name] for name in ("trust", "agreement", "seen"))
+  for line, some, color in zip(axes.lines[1:], (seen, ~seen), (plots.PRESENT, plots.DROPPED), strict=True):
+    np.testing.assert_allclose(line.get_xydata() / 100, np.stack([trust, agreement], 1)[some])
+    assert line.get_color() == color
+  assert len(axes.texts) == seen.sum()
+
+
+def test_a_front_is_a_line_through_its_best_points():
+  some = plots.Front("some", [0.5, 0.2, 0.4], [0.8, 0.9, 0.7], [True, True, False])
+  lone = plots.Front("lone", [0.6], [0.6], [True])
+  assert plots.fronts([some, lone], "x", "y").startswith(b"\x89PNG")
 
 
 def test_a_bar_a_client_dropped_first_best_first(ap_fl):
@@ -145,3 +161,16 @@ def test_confusion_rows_are_percent_of_the_true_class(ap_fl):
   want = np.array([100 * row / row.sum() for row in counts])
   np.testing.assert_allclose(axes.images[0].get_array().filled(0), want)
   assert axes.get_ylabel() == "true class" and axes.get_xlabel() == "predicted class"
+
+
+def test_the_surface_is_palest_at_its_least_and_has_a_dot_a_client_near_its_choice(ap_fl):
+  axes = draw("surface", ap_fl).axes[0]
+  shown = axes.images[0].get_array()
+  assert axes.images[0].origin == "lower" and axes.get_xlabel().startswith("coefficient of the base")
+  assert np.unravel_index(shown.argmin(), shown.shape) == (4, 2)  # head .8 upwards, base .4 to the right
+  rows = client_rows(ap_fl)
+  for line in axes.lines:
+    gone = line.get_label() == "dropped"
+    want = [(float(r["lambda_base"]), float(r["lambda_head"])) for r in rows if (r["dropped"] == "1") == gone]
+    np.testing.assert_allclose(line.get_xydata(), want, atol=0.1)
+  assert sum(len(line.get_xydata()) for line in axes.lines) == len(rows)

@@ -115,6 +115,27 @@ def test_a_personal_model_is_read_out_with_the_prior_on_its_own():
   np.testing.assert_array_equal(np.asarray(scores.pooled).sum(axis=1).argmax(axis=1), 3)
 
 
+@pytest.mark.parametrize("readout", ["plain", "prior"])
+def test_pooled_examples_are_also_read_out_as_own_ones(readout):
+  """A model without an opinion answers with the first class, and with its client's where the prior is added."""
+
+  def undecided(settings):
+    algorithm, process = _recorder(settings)
+    return algorithm._replace(personalize=lambda download, client, data, visit, key: jnp.zeros(CLASSES)), process
+
+  inputs = jax.tree.map(jnp.asarray, _inputs())
+  options: dict[str, Any] = {"readout": readout, "how": "sequential", "chunk": CHUNK}
+  simulator = simulation.simulator(undecided, inputs, CLASSES, population_size=N, cohort_size=COHORT, **options)
+  scores = simulator.score_personal(simulator.init(inputs), inputs, jnp.arange(N), jnp.ones(N, bool))
+  answers = lambda counts: np.asarray(counts).sum(axis=1).argmax(axis=1)
+  np.testing.assert_array_equal(answers(scores.pooled), 0)
+  if readout == "plain":
+    assert scores.as_own == ()
+  else:
+    np.testing.assert_array_equal(answers(scores.as_own), np.arange(N) % 3)
+    np.testing.assert_array_equal(np.asarray(scores.as_own).sum((1, 2)), inputs.pooled.size)
+
+
 def test_a_client_without_examples_is_left_alone():
   train = _inputs().federation.train
   empty: Any = Span(train.start, np.zeros_like(train.size))

@@ -37,7 +37,15 @@ def test_evaluate_counts_what_numpy_counts(evaluate, store, start, size, classes
   answers = np.argmax(logits if classes is None else np.where(classes, logits, -np.inf), axis=-1)
   want = np.zeros((CLASSES, CLASSES), int)
   np.add.at(want, (labels, answers), 1)
-  assert got.confusion.dtype == jnp.int32
+  assert got.confusion.dtype == (jnp.int32 if classes is None else jnp.float32)
   np.testing.assert_array_equal(got.confusion, want)
   log_total = np.log(np.sum(np.exp(logits), axis=-1))
   np.testing.assert_allclose(got.loss, np.sum(log_total - logits[np.arange(size), labels]), rtol=1e-5)
+
+
+def test_classes_that_tie_share_the_answer(store):
+  """The first of them is not favoured, and a class that is left out has no part."""
+  predict = lambda images: Prediction(jnp.zeros((len(images), CLASSES)), images)
+  got = training.evaluate(predict, store, Span(jnp.int32(20), jnp.int32(90)), CLASSES, classes=jnp.asarray(SOME))
+  labels = np.asarray(store.labels)[np.asarray(store.index)[20:110]]
+  np.testing.assert_allclose(got.confusion, np.outer(np.bincount(labels, minlength=CLASSES), SOME / 3), rtol=1e-5)

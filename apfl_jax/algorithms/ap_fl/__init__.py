@@ -8,5 +8,6 @@ schedules, coefficients, the friend model) is our reconstruction [O], corrected 
 
 from apfl_jax.algorithms.ap_fl.method import ap_fl, samples
 from apfl_jax.algorithms.ap_fl.state import Answering, Server, Shared
+from apfl_jax.algorithms.ap_fl.statistics import ByClass
 
-__all__ = ["Answering", "Server", "Shared", "ap_fl", "samples"]
+__all__ = ["Answering", "ByClass", "Server", "Shared", "ap_fl", "samples"]

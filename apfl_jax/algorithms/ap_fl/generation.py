@@ -1,7 +1,8 @@
 """The server's data-free training of the semantic generator, supervised by the global model alone.
 
 Losses and label sampling: method 2.6 [O] with the recipe of pilot 8.4 [P] (smooth generator, shifted copies, total
-variation). The teacher is frozen; no example is read.
+variation). The teacher is frozen; no example is read. A generator of features has the same losses but for total
+variation and shifted copies, with the features themselves as the layer whose statistics are compared.
 """
 
 from typing import NamedTuple
@@ -11,18 +12,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from apfl_jax import random
-from apfl_jax.algorithms.ap_fl.statistics import Moments, distance, moments
+from apfl_jax.algorithms.ap_fl.sources import Source
+from apfl_jax.algorithms.ap_fl.statistics import ByClass, Statistics, class_sums, distance, layer_sums, moments
 from apfl_jax.training import cross_entropy, max_shift, shift
-from apfl_jax.types import Array, Generator, Key, Params, PyTree, Task
+from apfl_jax.types import Array, Key, Params, PyTree, Task
+
+_SOFT = 10.0  # temperature of L_adv, as in the code of DFDG [C]
 
 
 class Weights(NamedTuple):
-  """Of the generator's losses, float32 [] each."""
+  """Of the generator's losses, float32 [] each; the last three bite where tier s2, a student or a memory is there."""
 
   statistics: Array | float
   diversity: Array | float
   semantic: Array | float
   variation: Array | float
+  by_class: Array | float = 0.0
+  adversarial: Array | float = 0.0
+  memory: Array | float = 0.0
+
+
+class Past(NamedTuple):
+  """What is known of classes whose holders left.
+
+  Attributes:
+    gone: bool [C].
+    teacher: the global model of when they were there.
+    generator: the generator's average of that time.
+  """
+
+  gone: Array
+  teacher: Params
+  generator: PyTree
 
 
 class Rows(NamedTuple):
@@ -59,7 +80,7 @@ def draw_rows(embeddings: Array, counts: Array, unseen_on: Array, batch_size: in
 
   Args:
     embeddings: float32 [C, D], unit rows.
-    counts: float32 [C], training examples a class among clients that ever arrived; not all 0.
+    counts: float32 [C], training examples a class among clients that ever arrived, 0 for unseen classes; not all 0.
     unseen_on: bool [], whether unseen rows are asked for.
     batch_size: B, at least 10.
     key: consumed.
@@ -92,67 +113,138 @@ def draw_rows(embeddings: Array, counts: Array, unseen_on: Array, batch_size: in
 
 def generator_loss(
   task: Task,
-  generator: Generator,
+  source: Source,
   params: PyTree,
   teacher: Params,
   rows: Rows,
   key: Key,
   *,
   weights: Weights,
-  statistics: tuple[Moments, ...],
+  statistics: Statistics,
   classes: Array,
+  student: Params | tuple[()] = (),
+  past: Past | tuple[()] = (),
 ) -> Array:
-  """L = L_ce + weights . (L_st, L_div, L_sem, L_tv) for one batch, [].
+  """L = L_ce + weights . (L_st, L_div, L_sem, L_tv, L_class, L_adv, L_mem) for one batch, [].
 
   Args:
     task: the task.
-    generator: the generator's functions.
+    source: whose generator it is.
     params: the generator's parameters.
     teacher: the global model, frozen.
     rows: what is asked for.
     key: consumed.
     weights: of the losses.
-    statistics: of real pre-activations, from clients; () leaves L_st out.
+    statistics: of real data; those of tiers that are not there leave L_st or L_class out.
     classes: bool [C], the classes of the teacher's softmax: seen ones, and unseen ones while they are asked for.
+    student: the model that L_adv finds samples against; () leaves it out.
+    past: what teaches classes whose holders left; () leaves L_mem out.
   """
+  assert source.generator is not None
   noise_key, shift_key = jax.random.split(key)
-  size = rows.label.shape[0]
-  noise = task.spread(jax.random.normal(noise_key, (size, generator.noise_size)))
-  images = generator.apply(params, noise, task.spread(rows.embedding))
-  most = max_shift(images.shape[1])
-  # One offset for the whole batch: a slice, whose gradient is cheap, where an offset a row is a scatter.
-  offset = jnp.broadcast_to(jax.random.randint(shift_key, (1, 2), -most, most + 1), (size, 2))
-  features, taps = task.model.frozen.base(teacher.base, jnp.concatenate([images, shift(images, offset)]))
-  logits = task.model.head(teacher.head, features)
-  targets = jnp.tile(jax.nn.one_hot(rows.label, task.num_classes), (2, 1))
-  labelled = jnp.tile(rows.labelled, 2)
-  each = jnp.where(labelled > 0, cross_entropy(logits, targets, classes), 0.0)
-  loss = 2.0 * jnp.sum(each) / jnp.sum(labelled)
-  features, taps = features[:size], jax.tree.map(lambda x: x[:size], taps)
-  if statistics:
-    loss += weights.statistics * distance(moments(taps, rows.seen), statistics)
+  size, model = rows.label.shape[0], task.model
+  noise = task.spread(jax.random.normal(noise_key, (size, source.generator.noise_size)))
+  embedding = task.spread(rows.embedding)
+  made = source.generator.apply(params, noise, embedding)
+  views = made
+  if source.images:
+    most = max_shift(made.shape[1])
+    # One offset for the whole batch: a slice, whose gradient is cheap, where an offset a row is a scatter.
+    offset = jnp.broadcast_to(jax.random.randint(shift_key, (1, 2), -most, most + 1), (size, 2))
+    views = jnp.concatenate([made, shift(made, offset)])
+
+  def seen_by(params: Params) -> tuple[Array, tuple[Array, ...], Array]:
+    """(features, layers to compare, logits) of the views."""
+    features, taps = model.frozen.base(params.base, views) if source.images else (views, (views,))
+    return features, taps, model.head(params.head, features)
+
+  features, taps, logits = seen_by(teacher)
+  copies = len(views) // size
+  present = rows.seen
+  if isinstance(past, Past):
+    gone = past.gone[rows.label] & (rows.seen > 0)
+    logits = jnp.where(jnp.tile(gone, copies)[:, None], seen_by(past.teacher)[2], logits)
+    before = source.generator.apply(past.generator, noise, embedding)
+    kept = jnp.mean(jnp.abs(made - before).reshape(size, -1), axis=1)
+    forgotten = jnp.sum(jnp.where(gone, kept, 0.0)) / jnp.maximum(jnp.sum(gone), 1)
+    present = jnp.where(gone, 0.0, present)  # the last cohort's statistics are of present classes
+
+  one_hot = jax.nn.one_hot(rows.label, task.num_classes)
+  labelled = jnp.tile(rows.labelled, copies)
+  each = jnp.where(labelled > 0, cross_entropy(logits, jnp.tile(one_hot, (copies, 1)), classes), 0.0)
+  loss = copies * jnp.sum(each) / jnp.sum(labelled)
+  if isinstance(past, Past):
+    loss += weights.memory * forgotten
+  features, logits, taps = features[:size], logits[:size], jax.tree.map(lambda x: x[:size], taps)
+  if statistics.layers:
+    loss += weights.statistics * distance(moments(taps, present), statistics.layers)
+  if isinstance(statistics.classes, ByClass):
+    loss += weights.by_class * class_distance(source, statistics.classes, one_hot * rows.seen[:, None], made, taps)
 
   # Mode seeking (Mao et al. 2019) on the same-label pairs, with means in place of norms so that size drops out.
   pairs, _, _ = _parts(size)
   first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
-  moved = jnp.mean(jnp.abs(images[first] - images[second]), axis=(1, 2, 3))
+  moved = jnp.mean(jnp.abs(made[first] - made[second]).reshape(pairs, -1), axis=1)
   spread = jnp.mean(jnp.abs(noise[first] - noise[second]), axis=1)
   loss += weights.diversity * jnp.mean(1.0 / (moved / spread + 0.01))
 
-  if task.model.semantics is not None:
-    meant = task.model.semantics(teacher.head, features)
+  if model.semantics is not None:
+    meant = model.semantics(teacher.head, features)
     meant = meant / jnp.maximum(jnp.linalg.norm(meant, axis=-1, keepdims=True), 1e-6)
     off = jnp.sum((meant - rows.embedding) ** 2, axis=-1)
     loss += weights.semantic * jnp.sum(jnp.where(rows.active > 0, off, 0.0)) / jnp.sum(rows.active)
 
-  # Total variation beyond what natural images have (8.4: hinge at .16).
-  down = jnp.mean(jnp.abs(images[:, 1:] - images[:, :-1]), axis=(1, 2, 3))
-  right = jnp.mean(jnp.abs(images[:, :, 1:] - images[:, :, :-1]), axis=(1, 2, 3))
-  loss += weights.variation * jnp.mean(jax.nn.relu(down + right - 0.16))
+  if source.images:
+    # Total variation beyond what natural images have (8.4: hinge at .16).
+    down = jnp.mean(jnp.abs(made[:, 1:] - made[:, :-1]), axis=(1, 2, 3))
+    right = jnp.mean(jnp.abs(made[:, :, 1:] - made[:, :, :-1]), axis=(1, 2, 3))
+    loss += weights.variation * jnp.mean(jax.nn.relu(down + right - 0.16))
+  if isinstance(student, Params):
+    guess = model.frozen.base(student.base, made)[0] if source.images else made
+    guess = model.head(student.head, guess)
+    loss += weights.adversarial * adversarial(logits, guess, rows.label, rows.seen > 0, classes)
   return loss
 
 
-def sample(generator: Generator, params: PyTree, embeddings: Array, label: Array, key: Key) -> Array:
-  """Images float32 [B, height, width, channels] in [0, 1] for int32 [B] labels. The key is consumed."""
-  noise = jax.random.normal(key, (label.shape[0], generator.noise_size))
-  return generator.apply(params, noise, embeddings[label])
+def class_distance(source: Source, real: ByClass, one_hot: Array, made: Array, taps: tuple[Array, ...]) -> Array:
+  """L_class (method 8.4 [P], tier s2), []: `distance` class by class, a mean over classes that are in the batch.
+
+  For images their mean and variance image and their layers, one half each [O]; for features the features.
+
+  Args:
+    source: what `made` is.
+    real: sums of real data.
+    one_hot: float32 [B, C], zeros for a row that does not count.
+    made: samples [B, ...].
+    taps: of them.
+  """
+  counts = jnp.sum(one_hot, axis=0)
+  weights = ((counts > 0) & (real.counts > 0)).astype(jnp.float32)
+  over = lambda sums: jax.tree.map(lambda x: x / jnp.maximum(counts, 1.0).reshape(-1, *[1] * (x.ndim - 1)), sums)
+  found = (over(class_sums(one_hot, made)),)
+  if not source.images:
+    return distance(found, (real.mean.features,), weights)
+  layers = distance(over(layer_sums(one_hot, taps)), real.mean.layers, weights)
+  return distance(found, (real.mean.images,), weights) + layers
+
+
+def adversarial(taught: Array, guess: Array, label: Array, counted: Array, classes: Array) -> Array:
+  """L_adv = -tau^2 KL(softmax(T / tau) || softmax(Q / tau)), where T is right and Q wrong; a mean over rows, [].
+
+  Args:
+    taught: T, the teacher's logits [B, C].
+    guess: Q, the student's.
+    label: int32 [B].
+    counted: bool [B].
+    classes: bool [C] of the softmax.
+  """
+  masked = lambda logits: jnp.where(classes, logits, -jnp.inf)
+  where = counted & (jnp.argmax(masked(taught), axis=-1) == label) & (jnp.argmax(masked(guess), axis=-1) != label)
+  apart = divergence(guess / _SOFT, taught / _SOFT, classes)
+  return -(_SOFT**2) * jnp.sum(jnp.where(where, apart, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def divergence(logits: Array, taught: Array, classes: Array) -> Array:
+  """KL(softmax(taught) || softmax(logits)) of each row over the classes, [B]."""
+  target = jax.nn.softmax(jnp.where(classes, taught, -jnp.inf))
+  return cross_entropy(logits, target, classes) - cross_entropy(taught, target, classes)

@@ -1,58 +1,79 @@
-"""AP-FL as an `Algorithm`: rounds over survivors, generator steps on the server, personalisation from one download.
+"""AP-FL as an `Algorithm`: its settings, and its parts put together.
 
-Steps follow method: 2.5 the rounds, 2.6 the generator, 2.8 the returning client, 2.9 the interpolation. Where the
-pilots of its sections 7 and 8 contradict the reconstruction they win: the friend learns from the generator's labels
-alone (no distillation), and the coefficients are the plain minimum on a 6 x 6 grid with rho = .3.
+`server` has the rounds and the generator (method 2.5, 2.6, 8.2), `sources` where synthetic examples come from,
+`returning` the returning client (2.8) with its interpolation (2.9). Where the pilots of sections 7 and 8 contradict the
+reconstruction they win: the friend learns from the generator's labels alone (no distillation), and the coefficients are
+the plain minimum on a 6 x 6 grid with rho = .3.
 
 `--softmax_mask` and `--readout` come on top of the method's own mask (`mask_softmax`): `none` leaves that as it is, and
 with `present` or `own` the softmax of real data runs over the classes that both keep. They reach every loss on real
 data, the validation examples that choose the coefficients included, and none on synthetic data.
 """
 
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
-import jax
 import jax.numpy as jnp
-import optax
 
-from apfl_jax import nn, random, training
-from apfl_jax.algorithms.ap_fl import generation
-from apfl_jax.algorithms.ap_fl.interpolation import by_size, choose, interpolate
-from apfl_jax.algorithms.ap_fl.state import Answering, Sent, Server, Shared
-from apfl_jax.algorithms.ap_fl.statistics import Moments, moments
-from apfl_jax.algorithms.fedavg import fedavg
+from apfl_jax.algorithms.ap_fl import generation, peers, returning, server, sources
+from apfl_jax.algorithms.ap_fl.state import Answering, Server
+from apfl_jax.algorithms.ap_fl.statistics import TIERS
+from apfl_jax.algorithms.ap_fl.unseen import KINDS
+from apfl_jax.algorithms.ap_fl.unseen import Settings as UnseenSettings
 from apfl_jax.errors import InputError
 from apfl_jax.settings import Count, Limits, Positive, Share, Weight
-from apfl_jax.types import Algorithm, Array, Download, Key, Task, Upload
+from apfl_jax.types import Algorithm, Array, Key, Task
 
-INTERPOLATIONS = ("grid", "size", "fixed")
-_MANY_VALIDATION = 20  # examples under which the grid is not trusted (method 2.9 c)
-# Folded into a key that is also used as it is: the children of a split are fold_in of 0, 1, ..., so no small number.
-_APART = 0x41502D46
-_LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
-_TRUST_SAMPLES = 16  # a class, for the mean teacher probability
+_Many = Annotated[int, Limits(least=1)]
 
 
 def ap_fl(
   task: Task,
   *,
+  source: Annotated[str, Limits(choices=sources.SOURCES)] = "image",
+  tier: Annotated[str, Limits(choices=TIERS)] = "s1",
+  n_min: _Many = 1,
+  generator_schedule: Annotated[str, Limits(choices=server.SCHEDULES)] = "round",
   generator_steps: Count = 20,
+  generator_final_steps: Count = 500,
   generator_batch: Annotated[int, Limits(least=10)] = 128,
   generator_learning_rate: Positive = 1e-3,
   generator_warmup: Share = 0.1,
   unseen_warmup: Share = 0.5,
   generator_decay: Share = 0.99,
-  layer_statistics: bool = True,
   lambda_statistics: Weight = 1.0,
+  lambda_class: Weight = 1.0,
   lambda_diversity: Weight = 0.02,
   lambda_semantic: Weight = 0.5,
   lambda_variation: Weight = 1.0,
+  adversary: bool = False,
+  lambda_adversarial: Weight = 1.0,
+  early_stop: bool = False,
+  film_refresh: bool = False,
+  film_after: Share = 0.5,
+  ship: Annotated[str, Limits(choices=server.SHIPPED)] = "generator",
+  bank_size: _Many = 64,
+  memory: Annotated[str, Limits(choices=server.MEMORIES)] = "none",
+  memory_patience: _Many = 3,
+  lambda_memory: Weight = 1.0,
   mask_softmax: bool = True,
-  answer_unseen: bool = False,
+  unseen: Annotated[str, Limits(choices=KINDS)] = "none",
+  unseen_gate: Share = 0.55,
+  unseen_keep: Share = 0.8,
+  unseen_penalty: Positive = 0.3,
+  mixing: Share = 1.0,
+  staleness_exponent: Weight = 0.0,
+  friend: Annotated[str, Limits(choices=returning.FRIENDS)] = "mix",
   friend_steps: Count = 100,
   beta: Share = 0.5,
+  distill: bool = False,
+  lambda_kd: Weight = 1.0,
+  temperature: Positive = 2.0,
+  request: Annotated[str, Limits(choices=returning.REQUESTS)] = "own_and_seen",
   synthetic_examples: Annotated[int, Limits(least=1)] = 512,
-  interpolation: Annotated[str, Limits(choices=INTERPOLATIONS)] = "grid",
+  interpolation: Annotated[str, Limits(choices=returning.INTERPOLATIONS)] = "grid",
+  coupled: bool = False,
+  one_standard_error: bool = False,
   grid_points: Annotated[int, Limits(least=2)] = 6,
   rho: Weight = 0.3,
   lambda_base: Share = 0.3,
@@ -62,240 +83,185 @@ def ap_fl(
 
   Args:
     task: the task. With an anchored head and embeddings that say something, unseen classes have logits and samples.
+    source: where synthetic examples come from: 'image', the semantic generator; 'feature', one of what the head reads;
+      'class_means', images drawn around the means of classes, without a generator, tier s2; 'untrained' and 'noise',
+      controls; 'none'.
+    tier: what leaves a client beside its model: 's0', nothing; 's1', label histogram and channel moments of its
+      pre-activations, for L_st; 's2', also sums of images and features by class, for L_class.
+    n_min: training examples that make a class seen; under tier s0, updates that show it.
+    generator_schedule: 'round', the generator is trained every round; 'final', once, in the last round.
     generator_steps: Adam steps of the generator a round.
+    generator_final_steps: of it in the last round; with schedule 'final'.
     generator_batch: rows of its batch.
-    generator_learning_rate: of Adam (beta1 .5), falling by 2 % a round as FedGen's does [C].
-    generator_warmup: share of the run's rounds before the generator is trained.
+    generator_learning_rate: of Adam (beta1 .5), falling by 2 % a round as FedGen's does [C]; to 0 along half a cosine
+      with schedule 'final'.
+    generator_warmup: share of the run's rounds before the generator is trained; with schedule 'round'.
     unseen_warmup: share of the run's rounds before it is asked for unseen classes.
     generator_decay: of the moving average of its parameters.
-    layer_statistics: whether clients send channel moments of their pre-activations (tier S1) and L_st uses them.
-    lambda_statistics: weight of L_st.
+    lambda_statistics: weight of L_st; tiers s1 and s2.
+    lambda_class: weight of L_class; tier s2.
     lambda_diversity: weight of L_div.
     lambda_semantic: weight of L_sem; needs an anchored head.
-    lambda_variation: weight of total variation beyond .16.
+    lambda_variation: weight of total variation beyond .16; images only.
+    adversary: whether the server distils a student, for L_adv: samples that the teacher knows and it does not.
+    lambda_adversarial: weight of L_adv; with `adversary`.
+    early_stop: whether training of the generator rests while its samples are recognised and its loss does not fall.
+    film_refresh: whether only FiLM and W of u = tanh(W e) are trained late in the run.
+    film_after: share of the run's rounds after which; with `film_refresh`.
+    ship: what clients download of the source: 'generator', its weights; 'bank', samples as bytes.
+    bank_size: samples of a class in the bank.
+    memory: what keeps classes whose holders left, none of whom says so: 'none'; 'average', the server answers with the
+      mean of its model and the last one made with them; 'distil', with its head distilled on samples in the last round;
+      'both'. All but 'none' also keep such classes in the generator.
+    memory_patience: aggregations without a holder after which a class has left.
+    lambda_memory: weight of L_mem; with a memory.
     mask_softmax: softmax in clients' training only over classes seen so far and the client's own (2.4).
-    answer_unseen: whether models answer with classes that nobody taught, by their anchored logits (2.7 a).
-    friend_steps: how many of the personal steps train the friend model; the rest train the local model.
-    beta: share of the synthetic loss in the friend's.
+    unseen: how models answer with classes that nobody taught, if the table of classes is trusted: 'none', never;
+      'prototypes', by cosine with prototypes that a ridge map makes of embeddings (8.1); 'anchored', by their anchored
+      logits (2.7 a); 'generator_head', by those of the global model's head after training on samples (2.7 b).
+    unseen_gate: accuracy on three seen classes left out, at least, at which the table is trusted; chance is a third.
+    unseen_keep: share of its accuracy on seen classes that the global model keeps when it answers so.
+    unseen_penalty: of the ridge map.
+    mixing: alpha, what the server takes of an update that is not stale.
+    staleness_exponent: a; of an update computed tau versions ago the server takes alpha (1 + tau)^-a.
+    friend: the model mixed with the local one: 'mix', trained on real and synthetic examples; 'synthetic', on synthetic
+      ones alone; 'peer', the most similar model of another client; 'global', the global model.
+    friend_steps: how many of the personal steps train the friend model; the rest train the local model, which takes
+      them all with the friends 'peer' and 'global'.
+    beta: share of the synthetic loss in the loss of the friend 'mix'.
+    distill: whether the trained friends are also held to the global model's answers on synthetic images.
+    lambda_kd: weight of that; with `distill`.
+    temperature: tau, at which answers are compared; with `distill`.
+    request: the classes of a client's synthetic examples, as far as they are trusted: 'own_and_seen', those that it
+      holds or somebody taught; 'own', 'seen'; 'all', unseen ones too.
     synthetic_examples: synthetic images a client trains its friend on; a quarter more is held out to choose lambdas.
-    interpolation: 'grid', 'size' or 'fixed'.
+    interpolation: how the coefficients are found: 'grid'; 'grad', by gradient; 'layer', so and one for each layer;
+      'size', from the number of examples; 'output', one, for probabilities and not for weights, by grid; 'fixed'.
+    coupled: whether base and head have the same coefficient, for 'grid', 'grad' and 'size'.
+    one_standard_error: whether the point of the grid nearest to `lambda_base`, `lambda_head` is taken among those as
+      good as the best within a standard error.
     grid_points: coefficients an axis of the grid.
     rho: weight of the held-out synthetic loss in the choice of coefficients.
-    lambda_base: the base's coefficient where 'fixed': 1 is the local model, 0 the friend.
+    lambda_base: the base's coefficient where 'fixed', and what 'grad', 'layer' and `one_standard_error` lean to: 1 is
+      the local model, 0 the friend.
     lambda_head: the head's.
   """
+  if coupled and interpolation in ("layer", "output", "fixed"):
+    raise InputError(
+      f"ap_fl_coupled: got true with interpolation={interpolation}, accepted is it with grid, grad, size"
+    )
+  if friend == "peer" and task.num_clients > peers.MOST:
+    raise InputError(
+      f"ap_fl_friend: got 'peer' with num_clients={task.num_clients}, accepted are at most {peers.MOST}: the server"
+      " keeps a model of each"
+    )
   if friend_steps > task.sgd.personal_steps:
     raise InputError(
       f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to personal_steps={task.sgd.personal_steps}"
     )
-  model, num_classes = task.model, task.num_classes
-  generator = nn.generator(task.image_shape, task.embeddings.shape[1])
-  weights = generation.Weights(lambda_statistics, lambda_diversity, lambda_semantic, lambda_variation)
-  schedule = optax.exponential_decay(generator_learning_rate, max(generator_steps, 1), 0.98)
-  optimizer = optax.adam(schedule, b1=0.5)
-  held_out = max(1, synthetic_examples // 4)
-  warmup = jnp.floor(generator_warmup * task.rounds).astype(jnp.int32)
-
-  def own_classes(shared, data):
-    """The client's label histogram, the classes that it can answer with, and those of its softmax (None for all)."""
-    histogram = training.label_histogram(data.store, data.train, num_classes)
-    classes = shared.seen | (histogram > 0)
-    return histogram, classes, classes if mask_softmax else None
-
-  # --- rounds ---------------------------------------------------------------------------------------------------------
-
-  def init(key):
-    params = model.init(key)  # every method's model starts alike under one seed
-    drawn = generator.init(jax.random.fold_in(key, _APART))
-    statistics: tuple[Moments, ...] = ()
-    if layer_statistics:
-      blank = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-      shapes = jax.eval_shape(lambda images: moments(model.base(params.base, images)[1], jnp.ones(1)), blank)
-      statistics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return Server(
-      params=params,
-      rounds=jnp.int32(0),
-      counts=jnp.zeros(num_classes),
-      counted=jnp.zeros(task.num_clients, bool),
-      statistics=statistics,
-      generator=drawn,
-      average=jax.tree.map(jnp.copy, drawn),
-      optimizer=optimizer.init(drawn),
-      trust=jnp.zeros(num_classes),
+  if source == "class_means" and tier != "s2":
+    raise InputError(f"ap_fl_source: got 'class_means' with tier {tier}, accepted is it with ap_fl_tier=s2")
+  if memory != "none" and tier == "s0":
+    raise InputError(f"ap_fl_memory: got {memory!r} with tier s0, accepted is it with ap_fl_tier=s1 or s2")
+  if unseen in ("anchored", "generator_head") and task.model.semantics is None:
+    raise InputError(f"ap_fl_unseen: got {unseen!r} with a free head, accepted is it with head anchored or cosine")
+  if unseen != "none" and tier != "s2" and source in ("untrained", "noise", "none"):
+    raise InputError(
+      f"ap_fl_unseen: got {unseen!r} with source {source} and tier {tier}, which know nothing of seen classes;"
+      " accepted is it with another source or ap_fl_tier=s2"
     )
-
-  def download(server):
-    return Download(Shared(server.params, server.counts > 0, server.average, server.trust))
-
-  def local_update(download, client, data, visit, key):
-    shared = download.shared
-    histogram, _, softmax = own_classes(shared, data)
-    loss = training.classification_loss(task, softmax)
-    steps = training.num_steps(task.sgd, data.train.size, visit.work)
-    params = training.local_sgd(task, loss, shared.params, data, steps, key)
-    delta = jax.tree.map(lambda new, old: new - old, params, shared.params)
-    statistics: tuple[Moments, ...] = ()
-    if layer_statistics:
-      # One batch as it is, without augmentation, of what can be many examples [O].
-      apart = jax.random.fold_in(key, _APART)
-      batch = training.draw(data.store, data.train, jnp.int32(0), task.sgd.batch_size, num_classes, apart)
-      statistics = moments(model.base(params.base, batch.images)[1], batch.mask)
-    weight = training.weight(task.sgd, data.train.size)
-    return client, Upload(update=Sent(delta, statistics), weight=weight, kept=histogram)
-
-  def aggregate(server, received, key):
-    new = received.arrived & ~server.counted[received.ids]
-    mean = received.mean
-    server = server._replace(
-      params=jax.tree.map(lambda w, d: w + d, server.params, mean.delta),
-      rounds=server.rounds + 1,
-      counts=server.counts + jnp.sum(jnp.where(new[:, None], received.kept, 0.0), axis=0),
-      counted=server.counted.at[received.ids].max(new),
-      statistics=mean.statistics,
+  if unseen == "generator_head" and (source not in ("image", "feature") or tier == "s2"):
+    raise InputError(
+      "ap_fl_unseen: got 'generator_head', accepted is it with source image or feature and tier s0 or s1"
     )
-    if not generator_steps:
-      return server
-    return jax.lax.cond(server.rounds > warmup, train_generator, lambda server, key: server, server, key)
-
-  # --- the generator --------------------------------------------------------------------------------------------------
-
-  def train_generator(server: Server, key: Key) -> Server:
-    step_key, trust_key = jax.random.split(key)
-    seen = server.counts > 0
-    # A free head's logits of unseen classes were never trained: asking it for them would be asking for noise.
-    unseen_on = (server.rounds > unseen_warmup * task.rounds) & (model.semantics is not None)
-    classes = seen | unseen_on
-
-    def step(i, carry):
-      params, state, average = carry
-      rows_key, loss_key = jax.random.split(jax.random.fold_in(step_key, i))
-      rows = generation.draw_rows(task.embeddings, server.counts, unseen_on, generator_batch, rows_key)
-      gradient = jax.grad(
-        lambda p: generation.generator_loss(
-          task,
-          generator,
-          p,
-          server.params,
-          rows,
-          loss_key,
-          weights=weights,
-          statistics=server.statistics,
-          classes=classes,
-        )
-      )(params)
-      updates, state = optimizer.update(gradient, state)
-      params = optax.apply_updates(params, updates)
-      # A young average forgets faster, or it would remember the untrained generator.
-      age = (server.rounds - warmup - 1) * generator_steps + i
-      decay = jnp.minimum(generator_decay, (1.0 + age) / (10.0 + age))
-      average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
-      return params, state, average
-
-    carry = (server.generator, server.optimizer, server.average)
-    params, state, average = jax.lax.fori_loop(0, generator_steps, step, carry)
-
-    label = jnp.tile(jnp.arange(num_classes), _TRUST_SAMPLES)
-    images = generation.sample(generator, average, task.embeddings, label, trust_key)
-    logits = jnp.where(classes, training.predict(model, server.params, images).logits, -jnp.inf)
-    probability = jnp.take_along_axis(jax.nn.softmax(logits), label[:, None], axis=1)
-    trust = jnp.where(seen, jnp.mean(probability.reshape(_TRUST_SAMPLES, num_classes), axis=0), 0.0)
-    return server._replace(generator=params, optimizer=state, average=average, trust=trust)
-
-  # --- the returning client -------------------------------------------------------------------------------------------
-
-  def personalize(download, client, data, visit, key):
-    del client, visit
-    shared = download.shared
-    # The local model takes the key as fine-tuning does: the two are then the same model to the bit.
-    friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, _APART), 3)
-    histogram, classes, softmax = own_classes(shared, data)
-    loss = training.classification_loss(task, softmax)
-    local = training.fine_tune(task, loss, shared.params, data, task.sgd.personal_steps - friend_steps, key)
-
-    # Synthetic examples: half by the client's own labels, half uniform, as far as they are trusted (2.8).
-    own = jnp.sqrt(histogram) / jnp.maximum(jnp.sum(jnp.sqrt(histogram)), 1e-12)
-    request = shared.trust * (0.5 * own + 0.5 / jnp.sum(classes))
-    request = jnp.where(jnp.sum(request) > 0, request, classes.astype(jnp.float32))
-    label = random.categorical(label_key, request, (synthetic_examples + held_out,))
-    images = generation.sample(generator, shared.generator, task.embeddings, label, sample_key)
-    synthetic = training.Batch(images, jax.nn.one_hot(label, num_classes), shared.trust[label])
-
-    real_batch = training.batches(task, data, data.train, friend_key)
-    batch_size = task.sgd.batch_size
-    # With nothing to be trusted the friend learns from real data alone, at the full rate.
-    share = jnp.where(jnp.any(shared.trust > 0), beta, 0.0)
-
-    def friend_loss(params, step):
-      real = real_batch(step)
-      rows = (step * batch_size + jnp.arange(batch_size)) % synthetic_examples
-      made = jax.tree.map(lambda x: x[rows], synthetic)
-      both = jnp.concatenate([real.images, made.images])  # one pass through the model
-      logits = jnp.split(training.predict(model, params, both).logits, 2)
-      own, trusted = (training.batch_cross_entropy(x, b, softmax) for x, b in zip(logits, (real, made), strict=True))
-      trusted = jnp.where(made.mask > 0, made.mask * trusted, 0.0)
-      return (1 - share) * training.batch_mean(own, real) + share * jnp.mean(trusted)
-
-    steps = jnp.where(data.train.size > 0, friend_steps, 0)
-    friend = training.descend(friend_loss, shared.params, steps, task.sgd.learning_rate, cosine=True)
-
-    if interpolation == "fixed":
-      return answering(interpolate(local, friend, lambda_base, lambda_head), classes)
-    personal = choose(
-      selection(data, softmax, jax.tree.map(lambda x: x[synthetic_examples:], synthetic)),
-      local,
-      friend,
-      shared.params,
-      points=grid_points,
-      on_grid=(interpolation == "grid") & (data.validation.size >= _MANY_VALIDATION),
-      pair=by_size(data.train.size),
-      guarded=data.validation.size > 0,
+  if unseen != "none" and interpolation == "output":
+    raise InputError(
+      f"ap_fl_unseen: got {unseen!r} with interpolation output, whose models have two bases, accepted is it with others"
     )
-    return answering(personal, classes)
-
-  def answering(params, classes):
-    return Answering(params, jnp.ones_like(classes) if answer_unseen else classes)
-
-  def predict(chosen, images):
-    prediction = training.predict(model, chosen.params, images)
-    # Lowered and not removed: among the classes left out the order stays, for the restricted score.
-    return prediction._replace(logits=prediction.logits - _LEFT_OUT * ~chosen.answers)
-
-  def selection(data, softmax, synthetic):
-    """J(base, heads) = CE on real validation examples + rho * trusted CE on held-out synthetic ones, [P]."""
-    block = 64
-
-    def summed(base, heads, batch):
-      features, _ = model.base(base, batch.images)
-      logits = jax.vmap(lambda head: model.head(head, features))(heads)
-      each = jax.vmap(lambda x: training.batch_cross_entropy(x, batch, softmax))(logits)
-      return jnp.where(batch.mask > 0, each, 0.0) @ batch.mask
-
-    def objective(base, heads):
-      def add(i, total):
-        batch = training.gather(data.store, data.validation, i * block + jnp.arange(block), num_classes)
-        return total + summed(base, heads, batch._replace(logit_offset=data.logit_offset))
-
-      points = jax.tree.leaves(heads)[0].shape[0]
-      blocks = (data.validation.size + block - 1) // block
-      real = jax.lax.fori_loop(0, blocks, add, jnp.zeros(points)) / jnp.maximum(data.validation.size, 1)
-      return real + rho * summed(base, heads, synthetic) / held_out
-
-    return objective
-
-  return fedavg(task)._replace(
-    init=init,
-    download=download,
-    local_update=local_update,
-    aggregate=aggregate,
-    predict=predict,
-    global_model=lambda server: answering(server.params, server.counts > 0),
-    personalize=personalize,
+  origin = sources.source(task, source)
+  offered = sources.banked(origin) if ship == "bank" else origin
+  rounds = server.federated(
+    task,
+    origin,
+    server.Settings(
+      tier=tier,
+      n_min=n_min,
+      schedule=generator_schedule,
+      steps=generator_final_steps if generator_schedule == "final" else generator_steps,
+      batch=generator_batch,
+      learning_rate=generator_learning_rate,
+      warmup=generator_warmup,
+      unseen_warmup=unseen_warmup,
+      decay=generator_decay,
+      weights=generation.Weights(
+        statistics=lambda_statistics,
+        diversity=lambda_diversity,
+        semantic=lambda_semantic,
+        variation=lambda_variation,
+        by_class=lambda_class,
+        adversarial=lambda_adversarial,
+        memory=lambda_memory,
+      ),
+      adversary=adversary,
+      early_stop=early_stop,
+      film_refresh=film_refresh,
+      film_after=film_after,
+      ship=ship,
+      bank_size=bank_size,
+      memory=memory,
+      memory_patience=memory_patience,
+      mask_softmax=mask_softmax,
+      mixing=mixing,
+      staleness_exponent=staleness_exponent,
+      keep_models=friend == "peer",
+      unseen=UnseenSettings(unseen, unseen_gate, unseen_keep, unseen_penalty),
+    ),
+  )
+  settings = returning.Settings(
+    mask_softmax=mask_softmax,
+    friend=friend,
+    friend_steps=friend_steps,
+    beta=beta,
+    distill=distill,
+    lambda_kd=lambda_kd,
+    temperature=temperature,
+    request=request,
+    synthetic_examples=synthetic_examples,
+    interpolation=interpolation,
+    coupled=coupled,
+    one_standard_error=one_standard_error,
+    grid_points=grid_points,
+    rho=rho,
+    lambda_base=lambda_base,
+    lambda_head=lambda_head,
+  )
+  return rounds._replace(
+    predict=partial(returning.predict, task.model),
+    global_model=lambda held: Answering(server.answer_of(held), held.counts >= n_min, held.reading),
+    personalize=returning.client(task, offered, settings),
+    describe=returning.describe,
   )
 
 
-def samples(task: Task, server: Server, key: Key, count: int) -> Array:
-  """Generated images float32 [C, count, height, width, channels] in [0, 1], all classes, from the averaged weights."""
-  generator = nn.generator(task.image_shape, task.embeddings.shape[1])
+def samples(task: Task, held: Server, key: Key, count: int, **settings: Any) -> Array | None:
+  """Samples float32 [C, count, height, width, channels] in [0, 1] of all classes, as clients get them.
+
+  Args:
+    task: the task.
+    held: the server's state.
+    key: consumed.
+    count: samples of each class.
+    **settings: of the method that made the state, as far as they are not defaults.
+
+  Returns:
+    None if the source makes no images.
+  """
+  source = sources.source(task, settings.get("source", "image"))
+  if not source.images:
+    return None
   label = jnp.repeat(jnp.arange(task.num_classes), count)
-  images = generation.sample(generator, server.average, task.embeddings, label, key)
+  if isinstance(held.bank, sources.Bank):
+    images = sources.banked(source).sample(held.bank, label, key)
+  else:
+    images = source.sample(source.ship(server.weights(held), held.statistics), label, key)
   return images.reshape(task.num_classes, count, *task.image_shape)

@@ -1,22 +1,71 @@
-"""Layer statistics: channel means and second moments of pre-activations, summed over clients, compared scale-free."""
+"""What leaves a client beside its model, by privacy tier (method 2.5, 6.7 [O]), and how samples are compared with it.
 
+  s0  nothing: the server knows models alone. Labels are not hidden by that, see `held_classes`
+  s1  label histograms and the channel moments of pre-activations (as networks with BatchNorm give away [M])
+  s2  also sums of features and of images, and of their squares, class by class
+
+Sums and not means are sent, so that a mean over clients is that over their examples.
+"""
+
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from apfl_jax.types import Array
+from apfl_jax import training
+from apfl_jax.types import Array, Data, Key, Params, PyTree, Task
+
+TIERS = ("s0", "s1", "s2")
+_MEMORY = 0.9  # what sums by class keep from round to round: the model that features come from changes
+_BLOCK = 64  # examples at a time
+_RISEN = 0.1  # of the largest change of any weight: less is rounding, or what embeddings leave open
 
 
 class Moments(NamedTuple):
-  """Of one layer.
+  """Of one layer, of features or of images; all classes together, or [C, ...] by class.
 
   Attributes:
-    mean: float32 [channels].
-    square: float32 [channels], the second moment.
+    mean: float32 [channels], or what is measured.
+    square: float32, likewise, the second moment.
   """
 
   mean: Array
   square: Array
+
+
+class ByClass(NamedTuple):
+  """Sums over examples, class by class.
+
+  Attributes:
+    counts: float32 [C].
+    layers: Moments [C, channels] of each layer's pre-activations.
+    features: Moments [C, F].
+    images: Moments [C, height, width, channels].
+  """
+
+  counts: Array
+  layers: tuple[Moments, ...]
+  features: Moments
+  images: Moments
+
+  @property
+  def mean(self) -> "ByClass":
+    """The same over one example, 0 for a class without examples; `counts` is then 1 or 0."""
+    over = lambda x: x / jnp.maximum(self.counts, 1e-12).reshape(-1, *[1] * (x.ndim - 1))
+    return jax.tree.map(over, self)
+
+
+class Statistics(NamedTuple):
+  """What the server knows of real data.
+
+  Attributes:
+    layers: Moments of each layer, from the last cohort; () under tier s1.
+    classes: ByClass, fading sums over cohorts; () under tier s2.
+  """
+
+  layers: tuple[Moments, ...]
+  classes: ByClass | tuple[()]
 
 
 def moments(taps: tuple[Array, ...], mask: Array) -> tuple[Moments, ...]:
@@ -31,14 +80,119 @@ def moments(taps: tuple[Array, ...], mask: Array) -> tuple[Moments, ...]:
   return tuple(of(tap) for tap in taps)
 
 
-def distance(found: tuple[Moments, ...], wanted: tuple[Moments, ...]) -> Array:
+def class_sums(one_hot: Array, values: Array) -> Moments:
+  """Sums [C, ...] of values [B, ...] and of their squares; `one_hot` float32 [B, C], a row of zeros counts nowhere."""
+  return Moments(jnp.tensordot(one_hot.T, values, 1), jnp.tensordot(one_hot.T, values**2, 1))
+
+
+def layer_sums(one_hot: Array, taps: tuple[Array, ...]) -> tuple[Moments, ...]:
+  """As `class_sums`, Moments [C, channels] of each pre-activation [B, ..., channels], a mean over places."""
+
+  def of(tap):
+    rows = tap.reshape(tap.shape[0], -1, tap.shape[-1])
+    mean, square = jnp.mean(rows, axis=1), jnp.mean(rows**2, axis=1)
+    return Moments(*(jnp.tensordot(one_hot.T, x, 1) for x in (mean, square)))
+
+  return tuple(of(tap) for tap in taps)
+
+
+def sums_by_class(task: Task, params: Params, data: Data) -> ByClass:
+  """Of a client's training examples, without augmentation."""
+
+  def of(batch: training.Batch) -> ByClass:
+    features, taps = task.model.base(params.base, batch.images)
+    one_hot = jnp.where(batch.mask[:, None] > 0, batch.targets, 0.0)
+    return ByClass(
+      counts=jnp.sum(one_hot, axis=0),
+      layers=layer_sums(one_hot, taps),
+      features=class_sums(one_hot, features),
+      images=class_sums(one_hot, batch.images),
+    )
+
+  def add(i: Array, total: ByClass) -> ByClass:
+    batch = training.gather(data.store, data.train, i * _BLOCK + jnp.arange(_BLOCK), task.num_classes)
+    return jax.tree.map(jnp.add, total, of(batch))
+
+  return jax.lax.fori_loop(0, (data.train.size + _BLOCK - 1) // _BLOCK, add, no_sums(task))
+
+
+def no_sums(task: Task) -> ByClass:
+  """Of no examples."""
+
+  def of(key: Key, images: Array) -> ByClass:
+    features, taps = task.model.base(task.model.init(key).base, images)
+    one_hot = jnp.zeros((1, task.num_classes))
+    sums = layer_sums(one_hot, taps), class_sums(one_hot, features), class_sums(one_hot, images)
+    return ByClass(jnp.zeros(task.num_classes), *sums)
+
+  return _zeros(of, task)
+
+
+def no_moments(task: Task, layers_of: Callable[[Array, tuple[Array, ...]], tuple[Array, ...]]) -> tuple[Moments, ...]:
+  """Of no batch; `layers_of`: (features, taps) -> what moments are of."""
+
+  def of(key: Key, images: Array) -> tuple[Moments, ...]:
+    return moments(layers_of(*task.model.base(task.model.init(key).base, images)), jnp.ones(1))
+
+  return _zeros(of, task)
+
+
+def _zeros(of: Callable[[Key, Array], PyTree], task: Task) -> PyTree:
+  blank = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, jax.random.key(0), blank))
+
+
+def merge(old: ByClass, new: ByClass) -> ByClass:
+  """Fading sums: a class that was heard of fades by a tenth, any other stays as it was."""
+  heard = new.counts > 0
+
+  def each(a: Array, b: Array) -> Array:
+    return jnp.where(heard.reshape(-1, *[1] * (a.ndim - 1)), _MEMORY * a + b, a)
+
+  return jax.tree.map(each, old, new)
+
+
+def distance(found: tuple[Moments, ...], wanted: tuple[Moments, ...], weights: Array | None = None) -> Array:
   """L_st of method 2.6 [O], a scale-free form of DeepInversion (Yin et al. 2020); [] >= 0, 0 where equal.
 
   sum_l mean_k (m - m')^2 / mean_k v'  +  0.1 mean_k log((v + 1e-4) / (v' + 1e-4))^2
+
+  Args:
+    found: moments, a layer each.
+    wanted: the same of real data.
+    weights: float32 [C] for moments by class [C, ...]: the result is a mean over classes, by these; 0 leaves one out.
   """
   total = jnp.zeros(())
   for a, b in zip(found, wanted, strict=True):
-    variance, target = jnp.maximum(a.square - a.mean**2, 0.0), jnp.maximum(b.square - b.mean**2, 0.0)
-    total += jnp.mean((a.mean - b.mean) ** 2) / jnp.maximum(jnp.mean(target), 1e-6)
-    total += 0.1 * jnp.mean(jnp.log((variance + 1e-4) / (target + 1e-4)) ** 2)
-  return total
+    total += _gap(a, b) if weights is None else jnp.sum(jnp.where(weights > 0, weights * jax.vmap(_gap)(a, b), 0.0))
+  return total if weights is None else total / jnp.maximum(jnp.sum(weights), 1e-12)
+
+
+def _gap(a: Moments, b: Moments) -> Array:
+  variance, target = jnp.maximum(a.square - a.mean**2, 0.0), jnp.maximum(b.square - b.mean**2, 0.0)
+  means = jnp.mean((a.mean - b.mean) ** 2) / jnp.maximum(jnp.mean(target), 1e-6)
+  return means + 0.1 * jnp.mean(jnp.log((variance + 1e-4) / (target + 1e-4)) ** 2)
+
+
+def held_classes(task: Task, delta: Params) -> Array:
+  """bool [C]: which classes a client holds, read off its model's change alone, as a server of tier s0 can.
+
+  A step of SGD moves row c of a linear head by eta sum_b (y_bc - p_bc) f_b, and f >= 0: the row of a class without
+  examples only falls (iDLG, Zhao et al. 2020 [M], says so of one example). An anchored head V moves by that times the
+  embeddings, which is undone as far as they tell classes apart. What the client holds little of, or had learned
+  already, may go unnoticed in one round, hardly in all.
+  """
+  each = jnp.eye(num_features(task))  # one feature after the other
+  if task.model.semantics is None:
+    rows = task.model.head(delta.head, each)  # [F, C]
+  else:
+    alike = task.embeddings @ task.embeddings.T + 1e-4 * jnp.eye(task.num_classes)
+    rows = task.model.semantics(delta.head, each) @ task.embeddings.T @ jnp.linalg.inv(alike)
+  return jnp.max(rows, axis=0) > _RISEN * jnp.max(jnp.abs(rows))
+
+
+def num_features(task: Task) -> int:
+  """F, what the head reads."""
+  blank = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
+  shape = jax.eval_shape(lambda key, x: task.model.base(task.model.init(key).base, x)[0], jax.random.key(0), blank)
+  return shape.shape[-1]

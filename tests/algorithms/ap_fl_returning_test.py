@@ -1,0 +1,429 @@
+"""AP-FL's returning client in NumPy: what its friend learns, what it asks for, between what it chooses and by what."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apfl_jax import algorithms, metrics, nn, training
+from apfl_jax.algorithms.ap_fl import Shared, peers, returning, sources
+from apfl_jax.algorithms.ap_fl.sources import Source
+from apfl_jax.algorithms.ap_fl.state import Pair
+from apfl_jax.errors import InputError
+from apfl_jax.types import Data, Download, LocalSGD, Model, Params, Span, Task
+from tests import linear, tasks
+
+# A client with three examples of class 0 and three of class 1; class 2 was not taught, so softmax and answers leave it.
+CLIENT, SEEN, TRUST = 3, (True, True, False), (0.0, 0.7, 0.0)
+STEPS, FRIEND_STEPS, BETA, RHO, TAU, LAMBDA_KD = 8, 4, 0.6, 1.0, 2.0, 0.8
+HELD = [0, 1]
+
+_rng = np.random.default_rng(1)
+START = Params({"a": _rng.normal(size=(4, 5)) / 2, "b": _rng.normal(size=(5, 5)) / 2}, _rng.normal(size=(5, 3)) / 2)
+PICTURES = np.float32(_rng.uniform(size=(3, *linear.IMAGE_SHAPE)))  # what the source has of each class
+FEATURES = np.float32(_rng.uniform(size=(3, linear.FEATURES)))  # what one of features has
+MODEL = Model(
+  init=lambda key: as_float32(START),
+  base=lambda base, images: (images.reshape(len(images), -1) @ base["a"] @ base["b"], ()),
+  head=lambda head, features: features @ head,
+)
+SOURCE = Source(
+  images=True,
+  generator=None,
+  learns=False,
+  trusted="wholly",
+  init=lambda key: (),
+  ship=lambda weights, statistics: (),
+  sample=lambda shipped, label, key: jnp.asarray(PICTURES)[label],
+)
+OF_FEATURES = SOURCE._replace(images=False, sample=lambda shipped, label, key: jnp.asarray(FEATURES)[label])
+TASK = linear.task(personal_steps=STEPS)._replace(model=MODEL)
+
+
+def as_float32(tree):
+  return jax.tree.map(jnp.float32, tree)
+
+
+@functools.cache
+def compiled(source, **static):
+  """`personalize` with these settings that are not numbers; the numbers are traced."""
+
+  def run(floats, shared, data, key):
+    personalize = returning.client(TASK, source, returning.Settings(**static, **floats))
+    return personalize(Download(shared), (), data, linear.visit(CLIENT), key)
+
+  return jax.jit(run)
+
+
+def personal(*, source=SOURCE, trust=TRUST, seen=SEEN, kept=(), examples=None, few=False, **settings):
+  """The personal model of the client that downloaded `START`; all examples of all clients validate it.
+
+  With `few`, its own examples validate it, of which it has only the first `examples`.
+  """
+  values = {name: algorithms.settings("ap_fl")[name].default for name in returning.Settings._fields}
+  values |= {"friend_steps": FRIEND_STEPS, "beta": BETA, "rho": RHO, "temperature": TAU, "lambda_kd": LAMBDA_KD}
+  values |= {"synthetic_examples": 8} | settings
+  floats = {name: values.pop(name) for name in list(values) if isinstance(values[name], float)}
+  data = linear.data(CLIENT, examples)
+  if not few:
+    data = data._replace(validation=Span(jnp.int32(0), jnp.int32(sum(linear.SIZES))))
+  shared = Shared(as_float32(START), (), jnp.asarray(seen), (), jnp.float32(trust), kept)
+  return compiled(source, **values)(as_float32(floats), shared, data, jax.random.key(0))
+
+
+def fixed(share, **settings):
+  """The local model or the friend alone."""
+  return personal(interpolation="fixed", lambda_base=share, lambda_head=share, **settings).params
+
+
+# --- the same in NumPy ------------------------------------------------------------------------------------------------
+
+
+def logits(params, x):
+  """Of flat images, or of features."""
+  return (x if x.shape[1] == linear.FEATURES else x @ params.base["a"] @ params.base["b"]) @ params.head
+
+
+def chances(params, x, tau=1.0):
+  """Probabilities of the classes that the softmax is over."""
+  powers = np.exp(logits(params, x)[:, HELD] / tau)
+  return powers / powers.sum(1, keepdims=True)
+
+
+def entropies(params, x, y):
+  """The cross-entropy of each example, 0 of one whose class the softmax leaves out."""
+  return -(y[:, HELD] * np.log(chances(params, x))).sum(1)
+
+
+REAL = linear.oracle(CLIENT)
+EVERYBODY = [np.concatenate(parts) for parts in zip(*map(linear.oracle, range(len(linear.SIZES))), strict=True)]
+MADE = np.float64(PICTURES[1:2]).reshape(1, -1), np.eye(3)[1:2]  # of the one trusted class
+MADE_FEATURES = np.float64(FEATURES[1:2]), np.eye(3)[1:2]
+
+
+def friend_loss(params, friend, distill, made):
+  bracket = TRUST[1] * entropies(params, *made).mean()
+  if distill:
+    theta, own = chances(START, made[0], TAU), chances(params, made[0], TAU)
+    bracket += LAMBDA_KD * TAU**2 * (theta * np.log(theta / own)).sum()
+  return bracket if friend == "synthetic" else (1 - BETA) * entropies(params, *REAL).mean() + BETA * bracket
+
+
+def slope(function, tree, step=1e-5):
+  """The gradient of a function of a pytree of numbers, by central differences."""
+  leaves, structure = jax.tree.flatten(jax.tree.map(np.float64, tree))
+  result = [np.zeros(leaf.shape) for leaf in leaves]
+  for part, leaf in enumerate(leaves):
+    for place in np.ndindex(leaf.shape):
+      values = []
+      for sign in (1, -1):
+        moved = [np.array(x) for x in leaves]
+        moved[part][place] += sign * step
+        values.append(function(jax.tree.unflatten(structure, moved)))
+      result[part][place] = (values[0] - values[1]) / (2 * step)
+  return jax.tree.unflatten(structure, result)
+
+
+def descended(loss, steps):
+  """From the download on, the rate falling to 0 along a cosine."""
+  params = START
+  for step in range(steps):
+    rate = linear.LEARNING_RATE * 0.5 * (1 + np.cos(np.pi * step / steps))
+    params = jax.tree.map(lambda p, g, rate=rate: p - rate * g, params, slope(loss, params))
+  return params
+
+
+@functools.cache
+def local(steps=STEPS - FRIEND_STEPS):
+  return descended(lambda params: entropies(params, *REAL).mean(), steps)
+
+
+@functools.cache
+def friend(kind="mix", distill=False, images=True):
+  made = MADE if images else MADE_FEATURES
+  return descended(lambda params: friend_loss(params, kind, distill, made), FRIEND_STEPS)
+
+
+def between(shares):
+  """The model at coefficients, one in the place of any part."""
+  mix = lambda share, a, b: jax.tree.map(lambda x, y: share * x + (1 - share) * y, a, b)
+  return jax.tree.map(mix, shares, local(), friend())
+
+
+def objective(params):
+  """J."""
+  return entropies(params, *EVERYBODY).mean() + RHO * TRUST[1] * entropies(params, *MADE).mean()
+
+
+def close(actual, expected):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, expected)
+
+
+# --- friends ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "distill"), [("mix", False), ("mix", True), ("synthetic", False)])
+def test_a_trained_friend_descends_on_its_loss(kind, distill):
+  close(fixed(0.0, friend=kind, distill=distill), friend(kind, distill))
+
+
+def test_from_features_the_friend_learns_with_its_head_alone_and_the_objective_knows_them():
+  close(fixed(0.0, source=OF_FEATURES, distill=True), friend(distill=True, images=False))
+  own = friend("synthetic", images=False)
+  tasks.assert_same(own.base, START.base)
+  surface = personal(source=OF_FEATURES).choice.surface
+  corner = lambda params: (
+    entropies(params, *EVERYBODY).mean() + RHO * TRUST[1] * entropies(params, *MADE_FEATURES).mean()
+  )
+  np.testing.assert_allclose(
+    (surface[0, 0], surface[-1, -1]), (corner(friend(images=False)), corner(local())), rtol=1e-4
+  )
+
+
+def test_without_trust_the_mixed_friend_learns_from_real_data_alone_and_the_synthetic_one_stays():
+  close(fixed(0.0, trust=(0.0, 0.0, 0.0)), local(FRIEND_STEPS))
+  close(fixed(0.0, trust=(0.0, 0.0, 0.0), friend="synthetic"), START)
+
+
+def test_the_local_model_has_the_steps_that_no_friend_takes():
+  close(fixed(1.0), local())
+  close(fixed(1.0, friend="global"), local(STEPS))
+  close(fixed(0.0, friend="global"), START)
+
+
+def test_a_peer_is_the_most_similar_known_model_of_another():
+  rng = np.random.default_rng(0)
+  others = jax.tree.map(lambda x: x + rng.normal(size=(6, *x.shape)), START)
+  flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+  one = lambda j: jax.tree.map(lambda x: x[j], others)
+  moved = flat(local(STEPS)) - flat(START)
+  cosine = [(d := flat(one(j)) - flat(START)) @ moved / np.linalg.norm(d) for j in range(6)]
+  best = np.argsort(cosine)[::-1]
+  nearest = lambda known, id: peers.nearest(
+    peers.Peers(as_float32(others), jnp.asarray(known)), as_float32(START), as_float32(local(STEPS)), jnp.int32(id)
+  )
+  everybody = np.ones(6, bool)
+  tasks.assert_same(nearest(everybody, best[1]), as_float32(one(best[0])))
+  tasks.assert_same(nearest(everybody, best[0]), as_float32(one(best[1])))
+  tasks.assert_same(nearest(np.arange(6) == best[4], best[0]), as_float32(one(best[4])))
+  tasks.assert_same(nearest(np.arange(6) == best[4], best[4]), as_float32(START))
+  kept = peers.Peers(as_float32(others), jnp.asarray(np.arange(6) != CLIENT))
+  expected = next(j for j in best if j != CLIENT)
+  close(fixed(0.0, friend="peer", kept=kept), one(expected))
+
+
+def test_the_server_keeps_the_last_model_of_each_client_that_arrived():
+  settings = {"friend": "peer", "generator_steps": 0, "tier": "s0", "mask_softmax": False}
+  rounds = linear.Rounds(algorithms.ap_fl(linear.task(), friend_steps=0, **settings))
+  rounds.advance([0, 1, 2], lost=[1])
+  kept = rounds.server.peers
+  assert kept.known.tolist() == [True, False, True, False]
+  for id in (0, 2):
+    linear.close(jax.tree.map(lambda x, id=id: x[id], kept.models), linear.descend(id, linear.start()))
+  before = Params(*map(np.float64, rounds.params.params))
+  rounds.advance([0, 1], lost=[0])
+  after = rounds.server.peers
+  assert after.known.tolist() == [True, True, True, False]
+  tasks.assert_same(jax.tree.map(lambda x: x[0], after.models), jax.tree.map(lambda x: x[0], kept.models))
+  linear.close(jax.tree.map(lambda x: x[1], after.models), linear.descend(1, before))
+
+
+def test_what_an_update_counts_falls_with_its_staleness():
+  settings = {"generator_steps": 0, "tier": "s0", "mask_softmax": False, "friend_steps": 0}
+  algorithm = algorithms.ap_fl(linear.task(), mixing=0.6, staleness_exponent=0.5, **settings)
+  download = Download(Shared(as_float32(linear.START), (), jnp.asarray(SEEN), (), jnp.float32(TRUST)))
+
+  @jax.jit
+  def delta(staleness):
+    visit = linear.visit(0)._replace(staleness=staleness)
+    return algorithm.local_update(download, (), linear.data(0), visit, jax.random.key(1))[1].update.delta
+
+  moved = linear.plus(linear.descend(0, linear.start()), (-1, linear.start()))
+  for tau in (0, 3):
+    linear.close(delta(jnp.int32(tau)), jax.tree.map(lambda x, tau=tau: 0.6 * (1 + tau) ** -0.5 * x, moved))
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("request_", "asked"), [("own_and_seen", "abc"), ("own", "ab"), ("seen", "ac"), ("all", "abcd")]
+)
+def test_synthetic_examples_are_asked_for_by_own_labels_and_evenly_as_far_as_trusted(request_, asked):
+  """Classes a: held and seen; b: held; c: seen; d: neither."""
+  trust, histogram = np.array([0.5, 1.0, 0.8, 0.6]), np.array([4.0, 1.0, 0.0, 0.0])
+  shared = Shared((), (), jnp.array([True, False, True, False]), (), jnp.float32(trust))
+  inside = np.array([c in asked for c in "abcd"])
+  own = np.sqrt(histogram) / np.sqrt(histogram).sum()
+  expected = np.where(inside, trust * (0.5 * own + 0.5 / inside.sum()), 0)
+  np.testing.assert_allclose(returning.requested(request_, shared, jnp.float32(histogram)), expected, rtol=1e-6)
+  nothing = shared._replace(trust=jnp.zeros(4))
+  np.testing.assert_array_equal(returning.requested(request_, nothing, jnp.float32(histogram)), [1, 1, 1, 0])
+
+
+def test_only_who_asks_for_all_answers_with_a_class_that_nobody_taught_and_only_if_it_is_trusted():
+  answers = lambda request, trust: personal(interpolation="fixed", request=request, trust=trust).answers.tolist()
+  assert answers("all", (0.0, 0.7, 0.2)) == [True, True, True]
+  assert answers("all", TRUST) == answers("own_and_seen", (0.0, 0.7, 0.2)) == [True, True, False]
+
+
+# --- coefficients -----------------------------------------------------------------------------------------------------
+
+GRID = np.linspace(0, 1, 6)
+
+
+def test_the_surface_is_the_objective_and_the_choice_its_least():
+  model = personal()
+  surface = np.array([[objective(between(Params(b, h))) for h in GRID] for b in GRID])
+  np.testing.assert_allclose(model.choice.surface, surface, rtol=1e-4)
+  b, h = np.unravel_index(surface.argmin(), surface.shape)
+  close(model.params, between(Params(GRID[b], GRID[h])))
+  real = [entropies(between(Params(s, s)), *EVERYBODY).mean() for s in (0, 0.5, 1)]
+  np.testing.assert_allclose(model.choice.barrier, real[1] - (real[0] + real[2]) / 2, atol=1e-5)
+
+
+def test_one_standard_error_is_that_of_the_validation_loss_and_the_synthetic_one():
+  choice = personal(one_standard_error=True).choice
+  surface = np.array([[objective(between(Params(b, h))) for h in GRID] for b in GRID])
+  best = between(Params(*GRID[list(np.unravel_index(surface.argmin(), surface.shape))]))
+  values = entropies(best, *EVERYBODY)  # all synthetic examples are the same here and add nothing
+  error = values.std(ddof=1) / np.sqrt(len(values))
+  prior = algorithms.settings("ap_fl")["lambda_base"].default, algorithms.settings("ap_fl")["lambda_head"].default
+  near = [
+    (round((b - prior[0]) ** 2 + (h - prior[1]) ** 2, 6), surface[i, j], b, h)
+    for (i, b) in enumerate(GRID)
+    for (j, h) in enumerate(GRID)
+    if surface[i, j] <= surface.min() + error
+  ]
+  *_, b, h = min(near)
+  np.testing.assert_allclose((choice.lambda_base, choice.lambda_head), (b, h), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["grad", "coupled", "layer"])
+def test_coefficients_by_gradient_are_those_of_adam_in_numpy(kind):
+  prior = {"grad": (0.3, 0.7), "coupled": (0.5,), "layer": (0.3, 0.3, 0.7)}[kind]
+  whole = {
+    "grad": lambda s: Params(s[0], s[1]),
+    "coupled": lambda s: Params(s[0], s[0]),
+    "layer": lambda s: Params({"a": s[0], "b": s[1]}, s[2]),
+  }[kind]
+  prior = np.array(prior)
+  s, first, second = np.log(prior / (1 - prior)), np.zeros(prior.shape), np.zeros(prior.shape)
+  for t in range(1, 51):
+    share = 1 / (1 + np.exp(-s))
+    gradient = slope(lambda x: objective(between(whole(x))), share) + 2 * 0.02 * (share - prior)
+    gradient *= share * (1 - share)
+    first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+    s -= 0.1 * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+  share = 1 / (1 + np.exp(-s))
+  assert np.abs(share - prior).max() > 0.05
+  settings = {"interpolation": "layer" if kind == "layer" else "grad", "coupled": kind == "coupled"}
+  model = personal(**settings)
+  assert int(model.choice.guard) == 0
+  np.testing.assert_allclose(model.choice.lambda_base, share[:2].mean() if kind == "layer" else share[0], atol=2e-3)
+  np.testing.assert_allclose(model.choice.lambda_head, share[-1], atol=2e-3)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), model.params, between(whole(share)))
+
+
+def test_mixed_answers_have_the_best_share_and_leave_out_what_nobody_taught():
+  model = personal(interpolation="output")
+
+  def mixed(share, x):
+    return share * chances(local(), x) + (1 - share) * chances(friend(), x)
+
+  def cost(share):
+    nll = lambda x, y: -(y[:, HELD] * np.log(mixed(share, x))).sum(1).mean()
+    return nll(*EVERYBODY) + RHO * TRUST[1] * nll(*MADE)
+
+  best = GRID[np.argmin([cost(share) for share in GRID])]
+  np.testing.assert_allclose(model.params.share, best, rtol=1e-6)
+  np.testing.assert_allclose(model.choice.lambda_base, best, rtol=1e-6)
+  images = np.float32(linear.IMAGES / 255)
+  prediction = returning.predict(MODEL, model, images)
+  got = np.exp(prediction.logits)
+  np.testing.assert_allclose(got[:, HELD], mixed(best, images.reshape(len(images), -1)), rtol=1e-3)
+  assert (got[:, 2] == 0).all() and np.isfinite(prediction.logits).all()
+
+
+def test_with_few_validation_examples_the_number_of_examples_decides():
+  n = linear.SIZES[CLIENT]
+  for kind, base, head in (
+    ("grid", n / (n + 200), n / (n + 12.5)),
+    ("layer", n / (n + 200), n / (n + 12.5)),
+    ("output", n / (n + 50), n / (n + 50)),
+  ):
+    choice = personal(interpolation=kind, few=True).choice
+    if int(choice.guard) == 0:
+      np.testing.assert_allclose((choice.lambda_base, choice.lambda_head), (base, head), rtol=1e-5)
+    else:
+      assert float(choice.lambda_base) in (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    *({"interpolation": kind} for kind in returning.INTERPOLATIONS),
+    {"one_standard_error": True},
+    {"interpolation": "fixed", "distill": True},
+    {"interpolation": "fixed", "friend": "synthetic"},
+  ],
+)
+def test_a_client_without_examples_before_anything_was_taught_gets_the_global_model(settings):
+  nothing = {"trust": (0.0, 0.0, 0.0), "seen": (False, False, False), "examples": 0, "few": True}
+  model = personal(**nothing, **settings)
+  tasks.assert_finite(model)
+  params = model.params
+  for part in (params.local, params.friend) if isinstance(params, Pair) else (params,):
+    close(part, START)
+
+
+@functools.cache
+def trained():
+  """(task, inputs, global model) of two clients on `fast` after some rounds of FedAvg."""
+  inputs = tasks.inputs("fedavg", 2)
+  model = nn.classifier("mlp", tasks.IMAGE_SHAPE, tasks.NUM_CLASSES)
+  sgd = LocalSGD(jnp.float32(tasks.LEARNING_RATE), tasks.BATCH_SIZE, 1, tasks.STEPS, 100, "examples", "none")
+  task = Task(2, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE, inputs.settings["embeddings"], model, sgd, jnp.int32(5))
+  return task, inputs, tasks.run(tasks.simulator("fedavg", 2), inputs, 5).server
+
+
+def accuracy(**settings):
+  """Of both clients' personal models on their own test examples, with noise for synthetic examples, wholly trusted."""
+  task, inputs, params = trained()
+  everything = jnp.ones(tasks.NUM_CLASSES)
+  shared = Shared(params, (), everything > 0, (), everything)
+  values = {name: algorithms.settings("ap_fl")[name].default for name in returning.Settings._fields} | settings
+  personalize = returning.client(
+    task, sources.source(task, "noise"), returning.Settings(**values | {"friend_steps": 50})
+  )
+
+  def one(id):
+    at = lambda span: Span(span.start[id], span.size[id])
+    data = Data(inputs.federation.store, at(inputs.federation.train), at(inputs.federation.validation))
+    model = personalize(Download(shared), (), data, linear.visit(0), jax.random.key(0))
+    answer = functools.partial(returning.predict, task.model, model)
+    return training.evaluate(answer, data.store, at(inputs.federation.test), tasks.NUM_CLASSES).confusion
+
+  return metrics.accuracy(np.asarray(jax.jit(lambda ids: jax.lax.map(one, ids))(jnp.arange(2))))
+
+
+def test_interpolation_protects_from_a_friend_that_learned_noise():
+  """Claim A7 of method 5."""
+  alone = {"interpolation": "fixed", "friend": "synthetic"}
+  local = accuracy(**alone, lambda_base=1.0, lambda_head=1.0)
+  friend = accuracy(**alone, lambda_base=0.0, lambda_head=0.0)
+  assert (friend < local - 0.05).all()
+  assert (accuracy(friend="synthetic") >= local - 0.01).all()
+
+
+@pytest.mark.parametrize("interpolation", ["layer", "output", "fixed"])
+def test_one_coefficient_for_both_is_refused_where_there_are_not_two(interpolation):
+  with pytest.raises(InputError, match="coupled"):
+    algorithms.ap_fl(linear.task(), friend_steps=0, coupled=True, interpolation=interpolation)
+
+
+def test_peers_are_refused_where_they_are_too_many():
+  with pytest.raises(InputError, match="peer"):
+    algorithms.ap_fl(linear.task(num_clients=100_000), friend_steps=0, friend="peer")

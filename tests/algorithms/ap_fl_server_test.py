@@ -1,0 +1,467 @@
+"""AP-FL's server: sources of samples, what each tier tells, each loss, the schedule, the memory of lost classes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apfl_jax import algorithms, data, nn, semantics, training
+from apfl_jax.algorithms.ap_fl import generation, server, sources, statistics
+from apfl_jax.algorithms.ap_fl.state import Kept, Sent
+from apfl_jax.errors import InputError
+from apfl_jax.metrics import ledger
+from apfl_jax.types import Data, Generator, LocalSGD, Received, Span, Store, Task, Visit
+from tests import tasks
+
+C, SHAPE = tasks.NUM_CLASSES, tasks.IMAGE_SHAPE
+_RNG = np.random.default_rng(0)
+_EMBEDDINGS = jnp.asarray(semantics.embeddings("onehot", tuple("abcd"), "fast", rng=_RNG))
+
+
+def make_task(head="free", rounds=10, augment="none") -> Task:
+  model = nn.classifier("mlp", SHAPE, C, head=head, embeddings=_EMBEDDINGS)
+  sgd = LocalSGD(jnp.float32(0.1), 16, 1, 5, 10, "examples", augment)
+  return Task(6, C, SHAPE, _EMBEDDINGS, model, sgd, jnp.int32(rounds))
+
+
+def examples() -> tuple[Data, np.ndarray, np.ndarray]:
+  """A client with 60 examples of three of the classes, one of them twice in its index; its images and labels."""
+  dataset = data.load("fast")
+  index = np.flatnonzero(dataset.labels != 2)[:60].astype(np.int32)
+  index[5] = index[3]
+  store = Store(jnp.asarray(dataset.images), jnp.asarray(dataset.labels, jnp.int32), jnp.asarray(index))
+  span = Span(jnp.int32(0), jnp.int32(60))
+  return Data(store, span, span), dataset.images[index] / np.float32(255), dataset.labels[index]
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def known(task: Task, images=None, labels=None) -> statistics.Statistics:
+  """What a server of tier s2 knows of some examples."""
+  sums = statistics.no_sums(task)
+  if images is not None:
+    hot = np.eye(C, dtype=np.float32)[labels]
+    sums = sums._replace(counts=hot.sum(0), images=statistics.class_sums(jnp.asarray(hot), jnp.asarray(images)))
+  return statistics.Statistics((), sums)
+
+
+@pytest.mark.parametrize("name", [name for name in sources.SOURCES if name != "untrained"])  # as image
+def test_every_source_draws_for_labels_what_it_says(name):
+  task = make_task()
+  source = sources.source(task, name)
+  params = jax.jit(task.model.init)(jax.random.key(2))
+  images = jnp.asarray(examples()[1][:3])
+  facts = known(task, *examples()[1:])
+
+  @jax.jit
+  def draw(key):
+    samples = source.sample(source.ship(source.init(key), facts), jnp.arange(C), key)
+    features = task.model.base(params.base, samples)[0] if source.images else samples
+    expected = training.predict(task.model, params, images).logits, task.model.head(params.head, features)
+    return samples, source.logits(task.model, params, images, samples), expected
+
+  samples, got, expected = draw(jax.random.key(1))
+  assert samples.shape == ((C, *SHAPE) if source.images else (C, 200))
+  assert float(samples.min()) >= 0 and (not source.images or float(samples.max()) <= 1)
+  for a, b in zip(got, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  assert source.learns == (name in ("image", "feature"))
+
+
+def test_class_means_have_the_mean_and_the_deviation_of_the_class():
+  task = make_task()
+  images, labels = examples()[1:]
+  images = 0.3 + 0.2 * images  # far from 0 and 1, so that nothing is cut off
+  source = sources.source(task, "class_means")
+  label = jnp.repeat(jnp.arange(C), 4000)
+  facts = known(task, images, labels)
+  samples = jax.jit(lambda key: source.sample(source.ship((), facts), label, key))(jax.random.key(0))
+  samples = np.asarray(samples).reshape(C, 4000, *SHAPE)
+  for c in (0, 1, 3):
+    np.testing.assert_allclose(samples[c].mean(0), images[labels == c].mean(0), atol=0.02)
+    np.testing.assert_allclose(samples[c].std(0), images[labels == c].std(0), atol=0.02)
+
+
+def test_smooth_noise_has_variance_one_and_neighbours_alike():
+  noise = np.asarray(jax.jit(lambda key: sources.smooth_noise((2000, 28, 28, 1), key))(jax.random.key(0)))[..., 0]
+  np.testing.assert_allclose(noise.var(axis=0), 1, atol=0.15)
+  assert (noise[:, 10, 10] * noise[:, 10, 11]).mean() > 0.7
+  assert abs((noise[:, 4, 4] * noise[:, 20, 20]).mean()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["noise", "feature"])
+def test_a_bank_holds_the_source_s_samples_to_a_byte(name):
+  task = make_task()
+  source = sources.source(task, name)
+
+  @jax.jit
+  def fill(key):
+    weights = source.init(key)
+    return sources.fill(source, weights, C, 8, key), source.sample(weights, jnp.repeat(jnp.arange(C), 8), key)
+
+  bank, drawn = fill(jax.random.key(1))
+  drawn = np.asarray(drawn).reshape(bank.values.shape)
+  assert bank.values.dtype == jnp.uint8
+  label = jnp.tile(jnp.arange(C), 50)
+  got = np.asarray(sources.banked(source).sample(bank, label, jax.random.key(2)))
+  used = set()
+  for c, sample in zip(np.asarray(label), got, strict=True):
+    off = np.abs(drawn[c] - sample).reshape(8, -1).max(axis=1)
+    used.add((int(c), int(off.argmin())))
+    assert off.min() <= float(bank.most) / 255 / 2 + 1e-6
+  assert len(used) > 4 * 6  # all but a few are drawn
+
+
+# --- what leaves a client ---------------------------------------------------------------------------------------------
+
+
+def test_sums_by_class_are_those_of_numpy():
+  task = make_task()
+  client, images, labels = examples()
+  params = task.model.init(jax.random.key(0))
+  got = jax.jit(lambda data: statistics.sums_by_class(task, params, data))(client)
+  features, (tap,) = task.model.base(params.base, jnp.asarray(images))
+  for c in range(C):
+    rows = labels == c
+    assert float(got.counts[c]) == rows.sum()
+    pairs = (got.images, images), (got.features, np.asarray(features)), (got.layers[0], np.asarray(tap))
+    for sums, values in pairs:
+      np.testing.assert_allclose(sums.mean[c], values[rows].sum(0), rtol=1e-4, atol=1e-3)
+      np.testing.assert_allclose(sums.square[c], (values[rows] ** 2).sum(0), rtol=1e-4, atol=1e-3)
+  mean = got.mean
+  np.testing.assert_allclose(mean.images.mean[0], images[labels == 0].mean(0), atol=1e-5)
+  assert (np.asarray(mean.images.mean[2]) == 0).all()
+
+
+def test_sums_fade_only_where_a_class_is_heard_of():
+  task = make_task()
+  blank = statistics.no_sums(task)
+  of = lambda counts, value: jax.tree.map(lambda x: x + value, blank)._replace(counts=jnp.asarray(counts, jnp.float32))
+  merged = statistics.merge(of([10, 10, 0, 0], 10.0), of([5, 0, 5, 0], 1.0))
+  np.testing.assert_allclose(merged.counts, [14, 10, 5, 0])
+  np.testing.assert_allclose(merged.features.mean[:, 0], [10, 10, 10, 10])
+
+
+@pytest.mark.parametrize("head", ["free", "anchored"])
+def test_a_server_without_histograms_sees_what_a_client_holds(head):
+  task = make_task(head)
+  client, _, labels = examples()
+  held = np.bincount(labels, minlength=C) > 0
+
+  @jax.jit
+  def update(key):
+    params = task.model.init(key)
+    loss = training.classification_loss(task)
+    new = training.local_sgd(task, loss, params, client, jnp.int32(5), key)
+    return statistics.held_classes(task, jax.tree.map(jnp.subtract, new, params))
+
+  found = np.stack([update(jax.random.key(seed)) for seed in range(8)])
+  assert not found[:, ~held].any()
+  assert found.any(axis=0)[held].all() and found[:, held].mean() > 0.7
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_class_distance_is_the_mean_over_classes_of_their_own():
+  task = make_task()
+  rng = np.random.default_rng(1)
+  real, made = (rng.uniform(size=(40, *SHAPE)).astype(np.float32) for _ in range(2))
+  real_labels, labels = rng.integers(0, 3, 40), rng.integers(1, 4, 40)  # 1 and 2 are in both
+  hot = lambda label: jnp.eye(C)[label]
+  params = task.model.init(jax.random.key(0))
+  taps = lambda x: task.model.base(params.base, jnp.asarray(x))[1]
+  sums = statistics.no_sums(task)._replace(
+    counts=jnp.sum(hot(real_labels), axis=0),
+    images=statistics.class_sums(hot(real_labels), jnp.asarray(real)),
+    layers=statistics.layer_sums(hot(real_labels), taps(real)),
+  )
+  source = sources.source(task, "image")
+  got = generation.class_distance(source, sums, hot(labels), jnp.asarray(made), taps(made))
+
+  def gap(a, b):
+    va, vb = a.var(0), b.var(0)
+    first = ((a.mean(0) - b.mean(0)) ** 2).mean() / vb.mean()
+    return first + 0.1 * (np.log((va + 1e-4) / (vb + 1e-4)) ** 2).mean()
+
+  pairs = (made, real), (np.asarray(taps(made)[0]), np.asarray(taps(real)[0]))
+  expected = np.mean([sum(gap(a[labels == c], b[real_labels == c]) for a, b in pairs) for c in (1, 2)])
+  assert float(got) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_adversarial_loss_rewards_what_the_teacher_knows_and_the_student_does_not():
+  classes = jnp.array([True, True, True, False])
+  taught = jnp.array([[30.0, 0, 0, 99], [30.0, 0, 0, 0], [0.0, 30, 0, 0], [30.0, 0, 0, 0]])
+  guess = jnp.array([[0.0, 20, 0, 0], [20.0, 0, 0, 0], [0.0, 0, 20, 0], [0.0, 20, 0, 0]])
+  label = jnp.zeros(4, jnp.int32)
+  counted = jnp.array([True, True, True, False])
+  # Row 0 counts; in row 1 the student is right, in row 2 the teacher is wrong, row 3 is not asked about.
+  t, q = np.exp([3.0, 0, 0]), np.exp([0.0, 2, 0])
+  t, q = t / t.sum(), q / q.sum()
+  expected = -100 * (t * np.log(t / q)).sum() / 3
+  assert float(generation.adversarial(taught, guess, label, counted, classes)) == pytest.approx(expected, rel=1e-4)
+  further = generation.adversarial(taught, guess.at[0, 1].add(5), label, counted, classes)
+  assert float(further) < expected < 0
+
+
+def drawn_loss(task, source, params, teacher, rows, **options):
+  nothing = generation.Weights(0.0, 0.0, 0.0, 0.0)
+  weights = nothing._replace(**options.pop("weights", {}))
+  empty = statistics.Statistics((), ())
+  return generation.generator_loss(
+    task,
+    source,
+    params,
+    teacher,
+    rows,
+    jax.random.key(5),
+    weights=weights,
+    statistics=options.pop("statistics", empty),
+    classes=jnp.ones(C, bool),
+    **options,
+  )
+
+
+@pytest.mark.parametrize("name", ["image", "feature"])
+def test_classes_that_left_are_taught_by_the_model_of_their_time(name):
+  task = make_task()
+  source = sources.source(task, name)
+  generated = jax.jit(source.init)
+  params, before = generated(jax.random.key(0)), generated(jax.random.key(1))
+  model = jax.jit(task.model.init)
+  teacher, old = model(jax.random.key(2)), model(jax.random.key(3))
+
+  @jax.jit
+  def rows_and_samples(key):
+    rows = generation.draw_rows(task.embeddings, jnp.ones(C), jnp.bool_(False), 40, key)
+    noise = jax.random.normal(jax.random.split(jax.random.key(5))[0], (40, source.generator.noise_size))
+    return rows, *(source.generator.apply(p, noise, rows.embedding).reshape(40, -1) for p in (params, before))
+
+  rows, made, then = rows_and_samples(jax.random.key(4))
+
+  @jax.jit
+  def both(teacher, gone, weight):
+    past = generation.Past(gone, old, before)
+    plain = drawn_loss(task, source, params, teacher, rows)
+    return plain, drawn_loss(task, source, params, teacher, rows, weights={"memory": weight}, past=past)
+
+  loss = lambda teacher, gone, weight=0.0: [float(x) for x in both(teacher, jnp.asarray(gone), jnp.float32(weight))]
+  nobody, everybody, one = np.zeros(C, bool), np.ones(C, bool), np.arange(C) == 1
+  plain, same = loss(teacher, nobody, 2.0)
+  taught_by_old, _ = loss(old, nobody)
+  assert same == pytest.approx(plain, rel=1e-5)
+  assert loss(teacher, everybody)[1] == pytest.approx(taught_by_old, rel=1e-5)
+  assert abs(taught_by_old - plain) > 1e-2
+  # L_mem: how far samples moved from those of then, on rows of these classes.
+  mine = (np.asarray(rows.label) == 1) & (np.asarray(rows.seen) > 0)
+  expected = 2 * np.abs(np.asarray(made) - np.asarray(then))[mine].mean()
+  assert loss(teacher, one, 2.0)[1] - loss(teacher, one)[1] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("weight", ["by_class", "adversarial"])
+def test_losses_of_tier_s2_and_of_the_student_are_in_the_total(weight):
+  task = make_task()
+  images = jax.random.uniform(jax.random.key(1), (20, *SHAPE))
+  generator = Generator(init=lambda key: (), apply=lambda params, noise, e: images, noise_size=3)
+  source = sources.source(task, "image")._replace(generator=generator)
+  teacher, student = (task.model.init(jax.random.key(s)) for s in (2, 3))
+  rows = generation.draw_rows(task.embeddings, jnp.ones(C), jnp.bool_(False), 20, jax.random.key(4))
+  _, real, labels = examples()
+  hot = jnp.eye(C)[labels]
+  real_taps = task.model.base(teacher.base, jnp.asarray(real))[1]
+  sums = known(task, real, labels).classes._replace(layers=statistics.layer_sums(hot, real_taps))
+  seen = jnp.eye(C)[rows.label] * rows.seen[:, None]
+  features, taps = task.model.base(teacher.base, images)
+  guess = training.predict(task.model, student, images).logits
+  logits = task.model.head(teacher.head, features)
+  expected = {
+    "by_class": generation.class_distance(source, sums, seen, images, taps),
+    "adversarial": generation.adversarial(logits, guess, rows.label, rows.seen > 0, jnp.ones(C, bool)),
+  }[weight]
+
+  @jax.jit
+  def loss(value):
+    facts = statistics.Statistics((), sums)
+    return drawn_loss(task, source, (), teacher, rows, weights={weight: value}, statistics=facts, student=student)
+
+  assert abs(float(expected)) > 1e-4
+  assert float(loss(2.0) - loss(0.0)) == pytest.approx(2 * float(expected), rel=1e-3)
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+SMALL = {
+  "generator_steps": 2,
+  "generator_final_steps": 3,
+  "generator_batch": 20,
+  "generator_warmup": 0.0,
+  "friend_steps": 2,
+  "synthetic_examples": 8,
+  "grid_points": 2,
+}
+
+
+class Rounds:
+  """AP-FL between two rounds, its uploads made by hand; features, which are the quickest to compile."""
+
+  def __init__(self, task: Task, **settings):
+    self.task, self.round = task, 0
+    self.algorithm = algorithms.ap_fl(task, **({"source": "feature"} | SMALL | settings))
+    self.server = jax.jit(self.algorithm.init)(jax.random.key(0))
+    self._aggregate = jax.jit(self.algorithm.aggregate)
+
+  def step(self, held, delta=0.0):
+    """A round in which two clients arrive, the first with `held` [C] examples, and every weight moves by `delta`."""
+    move = jax.tree.map(lambda w: 3.0 * jnp.full_like(w, delta), self.server.params)
+    layers = jax.tree.map(lambda x: 3.0 * (x + 1.0), self.server.statistics.layers)
+    classes = jax.tree.map(lambda x: x + 1.0, self.server.statistics.classes)
+    held = jnp.stack([jnp.asarray(held, jnp.float32), jnp.zeros(C)])
+    received = Received(
+      total=Sent(move, layers, classes),
+      weight=jnp.float32(3.0),
+      kept=Kept(held, jnp.full(2, self.round, jnp.int32)),
+      ids=jnp.array([self.round % 6, (self.round + 1) % 6], jnp.int32),
+      arrived=jnp.array([True, False]),
+      staleness=jnp.zeros(2, jnp.int32),
+    )
+    self.server = self._aggregate(self.server, received, jax.random.key(self.round))
+    self.round += 1
+    return self.server
+
+
+def test_the_generator_is_trained_once_at_the_end():
+  rounds = Rounds(make_task(rounds=4), generator_schedule="final")
+  assert [int(rounds.step([5, 5, 0, 0]).source.rounds) for _ in range(4)] == [0, 0, 0, 1]
+  assert (np.asarray(rounds.server.trust) > 0).tolist() == [True, True, False, False]
+
+
+def test_a_class_is_seen_from_n_min_examples_on_and_without_a_memory_nothing_more_is_sent():
+  rounds = Rounds(make_task(), n_min=5)
+  assert [int(rounds.step([2, 5, 1, 0]).source.rounds) for _ in range(2)] == [1, 2]
+  shared = rounds.algorithm.download(rounds.server).shared
+  assert np.asarray(shared.seen).tolist() == [False, True, False, False]
+  assert float(shared.trust[0]) == 0 < float(shared.trust[1])
+  assert shared.answer == () == rounds.server.memory
+  tasks.assert_same(shared.start, rounds.server.params)
+
+
+@pytest.mark.parametrize(("name", "trust"), [("noise", 1.0), ("none", 0.0)])
+def test_controls_are_believed_wholly_and_nothing_is_not(name, trust):
+  rounds = Rounds(make_task(), source=name)
+  rounds.step([5, 5, 0, 0])
+  np.testing.assert_array_equal(rounds.server.trust, [trust, trust, 0, 0])
+
+
+def test_the_server_notices_who_left_and_answers_with_what_it_was():
+  rounds = Rounds(make_task(rounds=9), memory="average", memory_patience=2, source="noise")
+  rounds.step([5, 5, 5, 0], 0.1)
+  then = tasks.on_host(rounds.step([5, 5, 5, 0], 0.1).params)
+  tasks.assert_same(rounds.server.memory.params, then)
+  for missed in (1, 2, 3):
+    current = rounds.step([5, 5, 0, 0], 1.0)
+    tasks.assert_same(current.memory.params, then)
+    share = 0.5 if missed >= 2 else 0.0
+    expected = jax.tree.map(lambda new, old, s=share: (1 - s) * new + s * old, current.params, then)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), current.memory.answer, expected)
+  shared = rounds.algorithm.download(rounds.server).shared
+  tasks.assert_same(shared.start, rounds.server.memory.answer)
+  tasks.assert_same(shared.params, rounds.server.params)  # training goes on where it was
+  back = rounds.step([5, 5, 5, 0], 0.1)
+  tasks.assert_same(back.memory.answer, back.params)  # it is there again: nothing is remembered
+  tasks.assert_same(back.memory.params, back.params)
+  # Clients that come by turns are not gone, and are remembered together without ever having been there together.
+  for turn in range(3):
+    rounds.step([5, 5, 0, 0] if turn % 2 else [0, 0, 5, 5], 0.1)
+  assert np.asarray(rounds.server.memory.classes).all()
+
+
+def test_the_last_round_distils_what_left_back_into_the_head():
+  """The old model knows the class that left, the new one has forgotten it; others keep their answers."""
+  rounds = Rounds(make_task(rounds=5), memory="distil", memory_patience=1, generator_steps=20)
+  rounds.step([5, 5, 5, 5])
+  old = rounds.server.params
+  lowered = jax.tree.map(lambda w: w, old)
+  lowered.head["bias"] = old.head["bias"].at[2].add(-5.0)
+  rounds.server = rounds.server._replace(params=lowered)
+  for _ in range(3):
+    rounds.step([5, 5, 0, 5])
+  tasks.assert_same(rounds.server.memory.answer, rounds.server.params)
+  rounds.step([5, 5, 0, 5])
+  answer = rounds.server.memory.answer
+  tasks.assert_same(answer.base, rounds.server.params.base)
+  source = sources.source(rounds.task, "feature")
+  features = source.sample(rounds.server.source.average, jnp.repeat(jnp.arange(C), 32), jax.random.key(9))
+  logits = {
+    name: np.asarray(rounds.task.model.head(params.head, features)).reshape(C, 32, C)
+    for name, params in (("old", old), ("now", rounds.server.params), ("answer", answer))
+  }
+  share = {name: np.asarray(jax.nn.softmax(x))[2, :, 2].mean() for name, x in logits.items()}
+  assert share["now"] < 0.05 and share["answer"] > 0.3 * share["old"]
+
+
+def test_early_stop_rests_while_samples_are_recognised_and_goes_on_when_not():
+  rounds = Rounds(make_task(rounds=40), early_stop=True)
+  rounds.step([5, 5, 5, 5])
+  sure = rounds.server.source._replace(stale=jnp.int32(5))
+  rounds.server = rounds.server._replace(source=sure, trust=jnp.full(C, 0.99))
+  rested = tasks.on_host(rounds.step([5, 5, 5, 5]))
+  assert int(rested.source.rounds) == 1 and not np.allclose(rested.trust, 0.99)  # trust is measured anew
+  assert int(rounds.step([5, 5, 5, 5]).source.rounds) == 2  # and is low, for this generator is hardly trained
+
+
+def test_a_refresh_moves_what_says_the_class_and_nothing_else():
+  rounds = Rounds(make_task(rounds=4), film_refresh=True, film_after=0.5)
+  moved = []
+  for _ in range(3):
+    before = tasks.on_host(rounds.server.source.params)
+    after = rounds.step([5, 5, 5, 5]).source.params
+    differ = lambda name, a=after, b=before: jax.tree.map(lambda x, y: (x != y).any(), a[name], b[name])
+    moved.append({name for name in after if any(jax.tree.leaves(differ(name)))})
+  assert moved[0] == moved[1] == set(before)
+  assert moved[2] == {"encode"}
+
+
+def test_the_student_learns_from_samples():
+  rounds = Rounds(make_task(), adversary=True, lambda_adversarial=0.0, generator_steps=30)
+  before = tasks.on_host(rounds.server.source.student)
+  rounds.step([5, 5, 5, 5])
+  source = sources.source(rounds.task, "feature")
+  features = source.sample(rounds.server.source.average, jnp.tile(jnp.arange(C), 16), jax.random.key(9))
+  answer = lambda params: rounds.task.model.head(params.head, features)
+  taught = answer(rounds.server.params)
+  gap = [
+    float(jnp.mean(generation.divergence(answer(params), taught, jnp.ones(C, bool))))
+    for params in (before, rounds.server.source.student)
+  ]
+  assert gap[1] < 0.9 * gap[0]
+
+
+def test_a_bank_is_what_clients_download_instead_of_weights():
+  task = make_task()
+  read = {}
+  for ship in server.SHIPPED:
+    algorithm = algorithms.ap_fl(task, **SMALL, ship=ship, bank_size=4)
+    download = jax.eval_shape(lambda key, a=algorithm: a.download(a.init(key)), jax.random.key(0))
+    client, _, _ = examples()
+    zero = jnp.int32(0)
+    visit = Visit(zero, zero, zero, zero, jnp.float32(1), zero)
+    leaves = lambda d, a=algorithm, v=visit, c=client: a.personalize(d, (), c, v, jax.random.key(1))
+    read[ship] = ledger.bytes_read(leaves, download, argnum=0)
+    source = download.shared.source
+    assert ledger.nbytes(source) == (C * 4 * 16 + 4 if ship == "bank" else ledger.nbytes(source))
+  weights = jax.eval_shape(sources.source(task, "image").init, jax.random.key(0))
+  assert read["generator"] - read["bank"] == ledger.nbytes(weights) - (C * 4 * 16 + 4)
+
+
+@pytest.mark.parametrize(
+  ("settings", "words"),
+  [
+    ({"source": "class_means"}, ("ap_fl_source", "class_means", "s2")),
+    ({"memory": "both", "tier": "s0"}, ("ap_fl_memory", "both", "s1")),
+  ],
+)
+def test_settings_that_do_not_go_together_are_named(settings, words):
+  with pytest.raises(InputError) as error:
+    algorithms.ap_fl(make_task(), **(SMALL | settings))
+  assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)

@@ -1,0 +1,126 @@
+"""A run's ledger: rounds in which the generator rests, the parts against XLA's own count, totals done by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apfl_jax import nn, simulation
+from apfl_jax.algorithms import ap_fl, fedavg
+from apfl_jax.metrics import ledger
+from apfl_jax.simulation import memory
+from apfl_jax.simulation.run import Record, Result
+from apfl_jax.types import Data, LocalSGD, Received, Span, State, Store, Task, Visit
+from tests import tasks
+
+CLASSES, SHAPE, BATCH = 10, (28, 28, 1), 32
+
+
+@functools.cache
+def priced(name):
+  build, inputs = functools.partial(tasks.build, name, tasks.NUM_CLIENTS), tasks.inputs(name)
+  server = jax.eval_shape(tasks.simulator(name).init, inputs).server
+  return simulation.prices(build, inputs, server, cohort_size=tasks.COHORT_SIZE)
+
+
+def test_rounds_of_the_warm_up_cost_the_server_nothing():
+  prices = priced("ap_fl")
+  total = [prices.server(n) for n in (0, 1, 2, 7)]  # a tenth of 10 rounds is the warm-up
+  assert total == [0, 0, prices.aggregate, 6 * prices.aggregate] and total[2] > 0
+
+
+def test_a_server_that_does_the_same_in_every_round():
+  prices = priced("fl_fdms")  # K x K cosines
+  assert prices.server(9) == 9 * prices.aggregate > 0
+  assert priced("fedavg").server(9) == 0
+
+
+def _result(rows, scored, name):
+  """A run in which clients took part 3, 0, 1, ... times; `scored` lines of which the last two made personal models."""
+  line = lambda i: {"personal_pooled_accuracy": 0.5 if i >= scored - 2 else None}
+  record = Record([line(i) for i in range(scored)], [], [], [3, 0, 2], [])
+  blank = np.zeros((len(rows), tasks.NUM_CLASSES, tasks.NUM_CLASSES), int)
+  times = np.array([3, 0, 1, 0, 0, 1])
+  state = State(jnp.int32(3), (), (), jnp.asarray(times), (), ())
+  scores = simulation.Scores(blank, blank)
+  plan = memory.Plan(*[0] * len(memory.Plan._fields))
+  return Result(state, record, np.array(rows), np.zeros(0), 0, np.zeros(6, bool), None, scores, plan, None), times
+
+
+@pytest.mark.parametrize(("name", "generates"), [("ap_fl", True), ("fl_fdms", False), ("fedavg", False)])
+def test_totals_by_hand(name, generates):
+  rows, scored = [1, 2, 5], 4
+  result, times = _result(rows, scored, name)
+  inputs, prices = tasks.inputs(name), priced(name)
+  server = prices.server(2)  # in the second of three rounds nothing arrived
+  got = simulation.cost(prices, result, inputs, generates=generates)
+  local, personal = (prices.local_update * times).sum(), prices.personalize[rows].sum()
+  assert got.local_flops == pytest.approx(local) and got.personalize_flops == pytest.approx(personal)
+  assert (got.generator_flops, got.server_flops) == ((server, None) if generates else (None, server or None))
+  assert got.generator_share == (pytest.approx(server / (server + local + personal)) if generates else None)
+  batches = [-(-int(inputs.federation.test.size[row]) // 64) for row in rows]
+  pooled = -(-int(inputs.pooled.size) // 64)
+  evaluation = scored * prices.score_global * (sum(batches) + pooled)
+  evaluation += 2 * prices.score_personal * (sum(batches) + 3 * pooled) + personal
+  assert got.evaluation_flops == pytest.approx(evaluation)
+  assert got.bytes_up == prices.upload * 5
+  assert got.bytes_down == prices.read_locally * 5 + prices.read_personally * 3
+  assert got.break_even_rounds == pytest.approx(prices.read_personally / (prices.upload + prices.read_locally))
+  each = simulation.cost_per_client(prices, result)
+  np.testing.assert_allclose(each.local_flops, prices.local_update * times)
+  assert sum(x.sum() for x in each) == pytest.approx(local + personal + got.bytes_up + got.bytes_down)
+
+
+def test_scoring_a_batch_is_one_pass_through_the_model():
+  height, width, depth = tasks.IMAGE_SHAPE
+  hidden = 200  # of the mlp
+  one_pass = 2 * 64 * (height * width * depth * hidden + hidden * tasks.NUM_CLASSES)
+  assert priced("fedavg").score_global == priced("fedavg").score_personal == one_pass
+  assert priced("local").score_global == 0
+
+
+@functools.cache
+def _task():
+  """Images of 28 x 28 and the small convolutional network: matrix products are nearly all the work there is."""
+  embeddings = jnp.eye(CLASSES)
+  model = nn.classifier("cnn_small", SHAPE, CLASSES, head="anchored", embeddings=embeddings)
+  sgd = LocalSGD(jnp.float32(0.1), BATCH, 1, 1, 200, "examples", "none")
+  return Task(2, CLASSES, SHAPE, embeddings, model, sgd, jnp.int32(10))
+
+
+def _xla(function, *args):
+  """What XLA counts, elementwise operations too, before it optimises; a loop's body once."""
+  return jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+
+def test_one_step_of_the_generator_is_what_xla_counts():
+  algorithm = ap_fl(_task(), generator_steps=1, generator_warmup=0.0, generator_batch=BATCH)
+  shapes = jax.eval_shape(algorithm.init, jax.random.key(0)), _received(algorithm), jax.eval_shape(jax.random.key, 0)
+  assert ledger.flops(algorithm.aggregate, *shapes) == pytest.approx(_xla(algorithm.aggregate, *shapes), rel=0.1)
+
+
+def test_one_local_step_is_what_xla_counts():
+  algorithm = fedavg(_task())
+  known, unknown = _client(algorithm, np.int32(BATCH)), _client(algorithm, jax.ShapeDtypeStruct((), jnp.int32))
+  assert ledger.flops(algorithm.local_update, *known) == pytest.approx(_xla(algorithm.local_update, *unknown), rel=0.1)
+
+
+def _client(algorithm, size):
+  """What a client's functions are given; it has `size` training examples."""
+  shape = lambda *sizes, dtype=jnp.int32: jax.ShapeDtypeStruct(sizes, dtype)
+  download = jax.eval_shape(lambda key: algorithm.download(algorithm.init(key)), jax.random.key(0))
+  span = Span(np.int32(0), size)
+  store = Store(shape(100, *SHAPE, dtype=jnp.uint8), shape(100), shape(100))
+  zero = np.int32(0)
+  visit = Visit(zero, zero, zero, zero, np.float32(1), zero)
+  return download, (), Data(store, span, span), visit, jax.eval_shape(jax.random.key, 0)
+
+
+def _received(algorithm):
+  """What the server gets from one client."""
+  _, upload = jax.eval_shape(algorithm.local_update, *_client(algorithm, np.int32(BATCH)))
+  row = lambda dtype: jax.ShapeDtypeStruct((1,), dtype)
+  kept = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), upload.kept)
+  return Received(upload.update, upload.weight, kept, row(jnp.int32), row(bool), row(jnp.int32))
