@@ -21,7 +21,7 @@ _EMBEDDINGS = jnp.asarray(semantics.embeddings("onehot", tuple("abcd"), "fast", 
 def make_task(head="free", rounds=10, augment="none") -> Task:
   model = nn.classifier("mlp", SHAPE, C, head=head, embeddings=_EMBEDDINGS)
   sgd = LocalSGD(jnp.float32(0.1), 16, 1, 5, 10, "examples", augment)
-  return Task(6, C, SHAPE, _EMBEDDINGS, model, sgd, jnp.int32(rounds))
+  return Task(20, C, SHAPE, _EMBEDDINGS, model, sgd, jnp.int32(rounds))
 
 
 def examples() -> tuple[Data, np.ndarray, np.ndarray]:
@@ -321,7 +321,7 @@ class Rounds:
       total=Sent(move, layers, classes),
       weight=jnp.float32(3.0),
       kept=Kept(held, jnp.full(2, self.round, jnp.int32)),
-      ids=jnp.array([self.round % 6, (self.round + 1) % 6], jnp.int32),
+      ids=jnp.array([self.round, self.round + 1], jnp.int32),
       arrived=jnp.array([True, False]),
       staleness=jnp.zeros(2, jnp.int32),
     )
@@ -354,7 +354,7 @@ def test_controls_are_believed_wholly_and_nothing_is_not(name, trust):
 
 
 def test_the_server_notices_who_left_and_answers_with_what_it_was():
-  rounds = Rounds(make_task(rounds=6), memory="average", memory_patience=2, source="noise")
+  rounds = Rounds(make_task(rounds=9), memory="average", memory_patience=2, source="noise")
   rounds.step([5, 5, 5, 0], 0.1)
   then = tasks.on_host(rounds.step([5, 5, 5, 0], 0.1).params)
   tasks.assert_same(rounds.server.memory.params, then)
@@ -370,6 +370,10 @@ def test_the_server_notices_who_left_and_answers_with_what_it_was():
   back = rounds.step([5, 5, 5, 0], 0.1)
   tasks.assert_same(back.memory.answer, back.params)  # it is there again: nothing is remembered
   tasks.assert_same(back.memory.params, back.params)
+  # Clients that come by turns are not gone, and are remembered together without ever having been there together.
+  for turn in range(3):
+    rounds.step([5, 5, 0, 0] if turn % 2 else [0, 0, 5, 5], 0.1)
+  assert np.asarray(rounds.server.memory.classes).all()
 
 
 def test_the_last_round_distils_what_left_back_into_the_head():

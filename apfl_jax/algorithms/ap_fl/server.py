@@ -108,7 +108,8 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     if remembers:
       average = copied(drawn.average) if source.learns else ()
       nothing = jnp.zeros(num_classes, jnp.int32)
-      server = server._replace(memory=Memory(nothing, copied(params), nothing > 0, average, copied(params)))
+      memory = Memory(nothing, jnp.int32(0), copied(params), nothing > 0, average, copied(params))
+      server = server._replace(memory=memory)
     return filled(server, jax.random.fold_in(key, APART + 2))
 
   def download(server):
@@ -282,11 +283,15 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   def remember(server: Server, held: Array) -> Server:
     """Notes who is there, and keeps the model while all classes seen so far are; `held` bool [C]."""
     memory, known = _memory(server), seen(server)
-    complete = jnp.all(held | ~known)
-    pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(complete, a, b), new, old)
+    absent = jnp.where(held, 0, memory.absent + 1)
+    # Best when all are there at once. Where cohorts are small that may never be: then now and then while none is gone.
+    due = jnp.all(held | ~known) | (memory.age + 1 >= settings.memory_patience)
+    take = due & jnp.all((absent < settings.memory_patience) | ~known)
+    pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
     server = server._replace(
       memory=Memory(
-        absent=jnp.where(held, 0, memory.absent + 1),
+        absent=absent,
+        age=jnp.where(take, 0, memory.age + 1),
         params=pick(server.params, memory.params),
         classes=pick(known, memory.classes),
         average=pick(server.source.average, memory.average) if source.learns else (),

@@ -92,6 +92,7 @@ class Memory(NamedTuple):
 
   Attributes:
     absent: int32 [C], aggregations since a client that arrived held the class.
+    age: int32 [], aggregations since what follows was taken.
     params: the global model when all classes seen so far were last held by clients that arrived.
     classes: bool [C], those classes.
     average: the generator's average of that time, for L_mem; () without a generator that learns.
@@ -99,6 +100,7 @@ class Memory(NamedTuple):
   """
 
   absent: Array
+  age: Array
   params: Params
   classes: Array
   average: PyTree
