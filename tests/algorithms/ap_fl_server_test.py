@@ -21,7 +21,7 @@ _EMBEDDINGS = jnp.asarray(semantics.embeddings("onehot", tuple("abcd"), "fast", 
 def make_task(head="free", rounds=10, augment="none") -> Task:
   model = nn.classifier("mlp", SHAPE, C, head=head, embeddings=_EMBEDDINGS)
   sgd = LocalSGD(jnp.float32(0.1), 16, 1, 5, 10, "examples", augment)
-  return Task(6, C, SHAPE, _EMBEDDINGS, model, sgd, jnp.int32(rounds))
+  return Task(20, C, SHAPE, _EMBEDDINGS, model, sgd, jnp.int32(rounds))
 
 
 def examples() -> tuple[Data, np.ndarray, np.ndarray]:
@@ -321,7 +321,7 @@ class Rounds:
       total=Sent(move, layers, classes),
       weight=jnp.float32(3.0),
       kept=Kept(held, jnp.full(2, self.round, jnp.int32)),
-      ids=jnp.array([self.round % 6, (self.round + 1) % 6], jnp.int32),
+      ids=jnp.array([self.round, self.round + 1], jnp.int32),
       arrived=jnp.array([True, False]),
       staleness=jnp.zeros(2, jnp.int32),
     )
