@@ -11,7 +11,7 @@ import pytest
 from apfl_jax import algorithms, nn, population, semantics, simulation, training
 from apfl_jax.algorithms.ap_fl import unseen
 from apfl_jax.errors import InputError
-from apfl_jax.metrics import shared_answers
+from apfl_jax.metrics import ledger, shared_answers
 from apfl_jax.types import Data, LocalSGD, Task
 from tests import tasks
 
@@ -53,6 +53,15 @@ def test_prototypes_and_cosines_are_the_formula(seen):
   np.testing.assert_allclose(found.direction, offset / np.linalg.norm(offset, axis=1, keepdims=True), atol=1e-4)
   features = RNG.normal(size=(3, 5, FEATURES)).astype(np.float32)
   np.testing.assert_allclose(unseen.cosine_scores(features, found), cosines(features, offset, centre), atol=1e-4)
+
+
+def test_the_ledger_reads_through_it():
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  judge = lambda table, examples: unseen.table_accuracy(table, examples, jnp.ones(CLASSES, bool), PENALTY)
+  # 35 triples, each with the map, and 3 x 5 examples against 3 prototypes.
+  at_least = 35 * 2 * (CLASSES * SIZE * (SIZE + 2 * FEATURES) + 15 * FEATURES * 3)
+  found = ledger.flops(judge, shape(CLASSES, SIZE), shape(CLASSES, 5, FEATURES))
+  assert at_least <= found <= 1.1 * at_least
 
 
 def test_a_linear_world_is_read_off_its_table():

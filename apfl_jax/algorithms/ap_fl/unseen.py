@@ -93,7 +93,8 @@ def prototypes(embeddings: Array, means: Array, seen: Array, penalty: Array | fl
   centre = jnp.sum(means, axis=0) / number
   inputs, targets = jnp.where(known, from_mean, 0.0), jnp.where(known, means - centre, 0.0)
   gram = inputs.T @ inputs + penalty * jnp.eye(embeddings.shape[1])
-  ridge = jax.scipy.linalg.solve(gram, inputs.T @ targets, assume_a="pos")
+  # The ledger reads through these, not through `solve`.
+  ridge = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(gram), inputs.T @ targets)
   offset = jnp.where(known, targets, from_mean @ ridge)
   length = jnp.linalg.norm(offset, axis=-1, keepdims=True)
   usual = jnp.sum(jnp.where(known, length, 0.0)) / number
