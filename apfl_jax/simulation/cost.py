@@ -70,32 +70,12 @@ def prices(
     wait: idle local steps of a visit, which some methods use.
     num_offsets: length of `Data.logit_offset`, C; 0 for None.
   """
+  arguments, local_update, personalize = _on_a_client(build, inputs, server, wait, num_offsets)
+  settings, key = arguments(1, 1)[0], arguments(1, 1)[-1]
   federation = inputs.federation
-  shapes = lambda tree: jax.eval_shape(lambda x: x, tree)
-  settings, store = shapes(inputs.settings), shapes(federation.store)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  algorithm = lambda settings: build(settings)[0]
-  download = jax.eval_shape(lambda s, server: algorithm(s).download(server), settings, server)
-  download = download._replace(own=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), download.own))
-  client = jax.eval_shape(lambda s, d, k: algorithm(s).init_client(d, k), settings, download, key)
-
-  def arguments(size: int, validation: int) -> tuple:
-    # Numbers are known to the ledger; traced and abstract values are not.
-    number: Any = np.int32
-    zero, whole = number(0), np.float32(1)
-    spans = Span(zero, number(size)), Span(zero, number(validation))
-    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=cast(Any, whole), wait=number(wait))
-    offset: Any = jax.ShapeDtypeStruct((num_offsets,), jnp.float32) if num_offsets else None
-    return settings, download, client, Data(store, *spans, offset), visit, key
-
-  def local_update(settings, download, client, data, visit, key):
-    return algorithm(settings).local_update(download, client, data, visit, key)
-
-  def personalize(settings, download, client, data, visit, key):
-    return algorithm(settings).personalize(download, client, data, visit, key)
 
   def aggregate(settings, server, received, key):
-    return algorithm(settings).aggregate(server, received, key)
+    return build(settings)[0].aggregate(server, received, key)
 
   train, validation = np.asarray(federation.train.size), np.asarray(federation.validation.size)
   sizes, first = np.unique(train, return_index=True)
@@ -126,6 +106,46 @@ def prices(
     read_locally=read(local_update),
     read_personally=read(personalize),
   )
+
+
+def traffic(
+  build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, server: PyTree, num_offsets: int = 0
+) -> tuple[int, int]:
+  """Bytes of a visit: what local training reads of the download, and what is uploaded; arguments as of `prices`."""
+  arguments, local_update, _ = _on_a_client(build, inputs, server, 0, num_offsets)
+  _, upload = jax.eval_shape(local_update, *arguments(1, 1))
+  return ledger.bytes_read(local_update, *arguments(1, 1), argnum=1), ledger.nbytes(upload)
+
+
+def _on_a_client(
+  build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, server: PyTree, wait: int, num_offsets: int
+) -> tuple[Callable[[int, int], tuple], Callable, Callable]:
+  """((train size, validation size) -> arguments, local_update, personalize), the functions of these arguments."""
+  federation = inputs.federation
+  shapes = lambda tree: jax.eval_shape(lambda x: x, tree)
+  settings, store = shapes(inputs.settings), shapes(federation.store)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  algorithm = lambda settings: build(settings)[0]
+  download = jax.eval_shape(lambda s, server: algorithm(s).download(server), settings, server)
+  download = download._replace(own=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), download.own))
+  client = jax.eval_shape(lambda s, d, k: algorithm(s).init_client(d, k), settings, download, key)
+
+  def arguments(size: int, validation: int) -> tuple:
+    # Numbers are known to the ledger; traced and abstract values are not.
+    number: Any = np.int32
+    zero, whole = number(0), np.float32(1)
+    spans = Span(zero, number(size)), Span(zero, number(validation))
+    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=cast(Any, whole), wait=number(wait))
+    offset: Any = jax.ShapeDtypeStruct((num_offsets,), jnp.float32) if num_offsets else None
+    return settings, download, client, Data(store, *spans, offset), visit, key
+
+  def local_update(settings, download, client, data, visit, key):
+    return algorithm(settings).local_update(download, client, data, visit, key)
+
+  def personalize(settings, download, client, data, visit, key):
+    return algorithm(settings).personalize(download, client, data, visit, key)
+
+  return arguments, local_update, personalize
 
 
 def cost(prices: Prices, result: Result) -> Cost:

@@ -155,7 +155,9 @@ def ap_fl(
     )
     if not generator_steps:
       return server
-    return jax.lax.cond(server.rounds > warmup, train_generator, lambda server, key: server, server, key)
+    # Uploads that are aggregated one by one train it once in as many of them as make a round.
+    due = (server.rounds // task.aggregations > warmup) & (server.rounds % task.aggregations == 0)
+    return jax.lax.cond(due, train_generator, lambda server, key: server, server, key)
 
   # --- the generator --------------------------------------------------------------------------------------------------
 
@@ -163,7 +165,8 @@ def ap_fl(
     step_key, trust_key = jax.random.split(key)
     seen = server.counts > 0
     # A free head's logits of unseen classes were never trained: asking it for them would be asking for noise.
-    unseen_on = (server.rounds > unseen_warmup * task.rounds) & (model.semantics is not None)
+    rounds = server.rounds // task.aggregations
+    unseen_on = (rounds > unseen_warmup * task.rounds) & (model.semantics is not None)
     classes = seen | unseen_on
 
     def step(i, carry):
@@ -186,7 +189,7 @@ def ap_fl(
       updates, state = optimizer.update(gradient, state)
       params = optax.apply_updates(params, updates)
       # A young average forgets faster, or it would remember the untrained generator.
-      age = (server.rounds - warmup - 1) * generator_steps + i
+      age = (rounds - warmup - 1) * generator_steps + i
       decay = jnp.minimum(generator_decay, (1.0 + age) / (10.0 + age))
       average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
       return params, state, average
