@@ -54,7 +54,7 @@ class Job(NamedTuple):
   simulator: simulation.Simulator
   gone: np.ndarray
   traffic: tuple[int, int]
-  clock: simulation.schedule.Plan | None
+  clock: simulation.batches.Plan | None
 
 
 def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
@@ -199,7 +199,7 @@ def _clock(
   task: Callable[[PyTree], Task],
   inputs: simulation.Inputs,
   traffic: tuple[int, int],
-) -> simulation.schedule.Plan | None:
+) -> simulation.batches.Plan | None:
   """Who starts and ends when, drawn or read, as batches; None for rounds."""
   if config.clock == "rounds":
     return None
@@ -208,7 +208,7 @@ def _clock(
   size = config.cohort_size or config.num_clients
   if config.schedule:
     path = Path(config.schedule)
-    return simulation.schedule.batches(
+    return simulation.batches.plan(
       simulation.schedule.load(path, config.clock, config.num_clients, size, config.rounds)
     )
   federation = inputs.federation
@@ -227,7 +227,7 @@ def _clock(
     round_seconds=config.round_seconds or download + compute.mean() + upload or 1.0,
     max_staleness=config.max_staleness,
   )
-  return simulation.schedule.batches(
+  return simulation.batches.plan(
     simulation.schedule.make(
       lambda traced: build(traced)[1],
       inputs.settings,

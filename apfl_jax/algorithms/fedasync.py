@@ -7,8 +7,8 @@ s is one of `staleness`. Clients count alike, as in the paper; `--weighting` has
 mixed in one after another: tau counts the versions that an arrival is late and the arrivals mixed in before it in the
 same round, which are server versions too (with alpha = 1 and s = 1 / (1 + tau) fresh models give uniform FedAvg). A
 model that is more than `max_staleness` versions late is not mixed in; in the paper that is the bound of the simulated
-delays, 4 or 16 [M], and on a clock with C clients at work C - 1 is the mean of tau. Defaults are the paper's [M], of which it tunes alpha. It divides alpha by 2 once [M]; here it is
-constant.
+delays, 4 or 16 [M], and on a clock with C clients at work C - 1 is the mean of tau. Defaults are the paper's [M], of
+which it tunes alpha. It divides alpha by 2 once [M]; here it is constant.
 """
 
 from typing import Annotated, NamedTuple

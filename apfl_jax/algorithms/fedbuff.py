@@ -8,8 +8,9 @@
 Every client counts alike, as in the paper; `--weighting` has no effect. What arrives together is taken one after
 another, so that the buffer may be emptied several times in a round, or not at all. A version is what a server's step
 makes: its number goes down with the model and comes back with the update, and tau is how many steps the server took in
-between. What is in the buffer at the end of a run stays there. The server's step is FedAvgM's, whose momentum is 0 here unless set; the authors' FLSim has .9 with eta .7
-in its example [C], and can divide by s of the mean staleness [C], which the paper does not.
+between. What is in the buffer at the end of a run stays there. The server's step is FedAvgM's, whose momentum is 0 here
+unless set; the authors' FLSim has .9 with eta .7 in its example [C], and can divide by s of the mean staleness [C],
+which the paper does not.
 """
 
 from typing import Annotated, NamedTuple

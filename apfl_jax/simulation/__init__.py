@@ -1,6 +1,6 @@
 """How many clients run at once, and how a run goes on from round to round."""
 
-from apfl_jax.simulation import schedule
+from apfl_jax.simulation import batches, schedule
 from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.client_map import client_map, default_mesh, executed_steps, resolve, spread
 from apfl_jax.simulation.cost import Cost, Prices, cost, prices, traffic
@@ -26,6 +26,7 @@ __all__ = [
   "Snapshot",
   "Staging",
   "Stopwatch",
+  "batches",
   "check",
   "client_map",
   "cost",

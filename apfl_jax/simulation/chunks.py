@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apfl_jax.simulation.batches import Plan
 from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Simulator
-from apfl_jax.simulation.schedule import Plan
 from apfl_jax.simulation.staging import Staging
 from apfl_jax.types import State
 
@@ -24,7 +24,7 @@ class Chunks:
     compiled: Any = None,
     plan: Plan | None = None,
   ):
-    """Args: what the state came from, see `Staging.begin`; `simulator.advance` compiled, if it was; of a virtual clock."""
+    """Args: what the state came from, see `Staging.begin`; `simulator.advance` compiled, if it was; of a clock."""
     self.state, self.inputs = state, inputs
     self._simulator, self._staging, self._plan = simulator, staging, plan
     self._advance = compiled or simulator.advance
@@ -41,7 +41,7 @@ class Chunks:
     self.state, self.inputs = self._staging.swap(self.state, self.inputs, self._incoming)
     # Who comes next is asked before the devices are busy, and what they need is gathered while they are.
     expected = self._schedule(then)
-    calls = [np.int32(rounds)] if self._plan is None else self._plan.calls(begin, begin + rounds)
+    calls: list[Any] = [np.int32(rounds)] if self._plan is None else self._plan.calls(begin, begin + rounds)
     records = []
     for work in calls:
       self.state, happened = self._advance(self.state, self.inputs, self._simulator.place(work))
@@ -49,7 +49,8 @@ class Chunks:
     self._incoming = self._gather(expected)
     if self._plan is None:
       return jax.tree.map(lambda x: np.asarray(x)[:rounds], records[0])
-    done = [jax.tree.map(lambda x, n=int(work.count): np.asarray(x)[:n], r) for work, r in zip(calls, records, strict=True)]
+    counts = [int(work.count) for work in calls]
+    done = [jax.tree.map(lambda x, n=n: np.asarray(x)[:n], r) for n, r in zip(counts, records, strict=True)]
     return _by_round(self._plan, jax.tree.map(lambda *x: np.concatenate(x), *done), begin, begin + rounds)
 
   def _schedule(self, rounds: int) -> Any:

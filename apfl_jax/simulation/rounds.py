@@ -13,9 +13,9 @@ from apfl_jax import population, random, training
 from apfl_jax.errors import InputError
 from apfl_jax.random import Purpose
 from apfl_jax.settings import Limits, checked
+from apfl_jax.simulation.batches import Batches, Cohort, Layout, blank_batches
 from apfl_jax.simulation.client_map import client_map, lanes_of, resolve
 from apfl_jax.simulation.cohort import draw_cohort
-from apfl_jax.simulation.schedule import Batches, Cohort, Layout, blank_batches
 from apfl_jax.types import (
   Algorithm,
   Array,
@@ -355,9 +355,7 @@ def simulator(
     state = state._replace(round=state.round + work.ends[batch], server=server, history=history)
     return state, done, metrics
 
-  def seated(
-    history: Download, download: Download, work: Batches, done: Array, until: Array
-  ) -> tuple[Download, Array]:
+  def seated(history: Download, download: Download, work: Batches, done: Array, until: Array) -> tuple[Download, Array]:
     """The rows of `Download.own` of the clients that now begin go to their seats."""
     if not jax.tree.leaves(history.own):
       return history, until

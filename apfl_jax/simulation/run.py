@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from apfl_jax import data, metrics
 from apfl_jax.simulation import memory
+from apfl_jax.simulation.batches import Plan
 from apfl_jax.simulation.checkpoints import Checkpoints
 from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.rounds import Inputs, Scores, Simulator
-from apfl_jax.simulation.schedule import Plan
 from apfl_jax.simulation.staging import Staging
 from apfl_jax.types import PyTree, State
 

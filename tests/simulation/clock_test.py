@@ -13,7 +13,7 @@ import pytest
 from apfl_jax import population, simulation
 from apfl_jax.algorithms import fedasync, fedavg, fedbuff, mifa, persafl
 from apfl_jax.errors import InputError
-from apfl_jax.simulation import schedule
+from apfl_jax.simulation import batches, schedule
 from apfl_jax.types import (
   Algorithm,
   Download,
@@ -36,7 +36,9 @@ STARTS = np.cumsum([0, *SIZES[:-1]])
 RATE, STEPS = 0.3, 3
 _rng = np.random.default_rng(1)
 LABELS = _rng.integers(0, CLASSES, SIZES.sum())
-IMAGES = np.clip(_rng.normal(90, 60, (len(LABELS), 2, 2, 1)) + 40 * LABELS[:, None, None, None], 0, 255).astype(np.uint8)
+IMAGES = np.clip(_rng.normal(90, 60, (len(LABELS), 2, 2, 1)) + 40 * LABELS[:, None, None, None], 0, 255).astype(
+  np.uint8
+)
 FIRST = _rng.normal(size=(FEATURES, CLASSES)) / 2
 X, Y = IMAGES.reshape(len(LABELS), -1) / 255, np.eye(CLASSES)[LABELS]
 
@@ -73,7 +75,7 @@ def _play(inputs: Any = INPUTS, **values: Any) -> schedule.Schedule:
 
 
 def _run(
-  algorithm: Algorithm, plan: schedule.Plan | None, inputs: Any = INPUTS, rounds: int = 0, **values: Any
+  algorithm: Algorithm, plan: batches.Plan | None, inputs: Any = INPUTS, rounds: int = 0, **values: Any
 ) -> tuple[simulation.RoundMetrics, simulation.Chunks]:
   """All rounds of a plan; without one as many rounds of the ordinary kind."""
   options: dict[str, Any] = {"population_size": N, "cohort_size": 4, "chunk": max(rounds, 1), "how": "sequential"}
@@ -194,7 +196,7 @@ METHODS = {
 def test_batches_are_a_heap_of_events(name, how):
   algorithm, server = (make() for make in METHODS[name])
   made = _play()
-  plan = schedule.batches(made)
+  plan = batches.plan(made)
   assert plan.sizes.sum() == 500 and plan.sizes.max() > 2 and plan.sizes.mean() > 1.5
   assert np.ptp(made.staleness[made.arrives]) > 5
   _, chunks = _run(algorithm, plan, how=how)
@@ -209,7 +211,7 @@ def test_lost_uploads_make_no_version():
   lost = ~made.arrives[made.group >= 0]
   assert 100 < lost.sum() < 300
   algorithm, server = (make() for make in METHODS["fedasync"])
-  happened, chunks = _run(algorithm, schedule.batches(made), inputs)
+  happened, chunks = _run(algorithm, batches.plan(made), inputs)
   np.testing.assert_allclose(_head(algorithm, chunks.state), played(made, server), rtol=0, atol=1e-5)
   np.testing.assert_array_equal(happened.present, 10)
   assert happened.arrived.sum() == 500 - lost.sum()
@@ -219,7 +221,7 @@ def test_lost_uploads_make_no_version():
 def test_batches_of_one_give_the_same():
   algorithm = METHODS["fedbuff"][0]()
   made = _play(rounds=10)
-  ends = [_head(algorithm, _run(algorithm, schedule.batches(made, width))[1].state) for width in (0, 1)]
+  ends = [_head(algorithm, _run(algorithm, batches.plan(made, width))[1].state) for width in (0, 1)]
   np.testing.assert_allclose(*ends, rtol=0, atol=1e-6)
 
 
@@ -229,7 +231,7 @@ SAME_SPEED = INPUTS._replace(settings=INPUTS.settings | {"spread": jnp.float32(0
 
 def test_equal_durations_and_a_buffer_of_the_cohort_are_synchronous_fedavg():
   plain, buffered = fedavg(TASK), fedbuff(TASK, buffer_size=4)
-  plan = schedule.batches(_play(SAME_SPEED, **EQUAL))
+  plan = batches.plan(_play(SAME_SPEED, **EQUAL))
   np.testing.assert_array_equal(plan.sizes, 4)
   _, chunks = _run(buffered, plan, SAME_SPEED)
   _, rounds = _run(plain, None, SAME_SPEED, rounds=7)
@@ -240,7 +242,7 @@ def test_equal_durations_and_a_buffer_of_the_cohort_are_synchronous_fedavg():
 
 def test_synchronous_rounds_without_a_deadline_are_rounds_to_the_bit():
   algorithm = fedavg(TASK)
-  plan = schedule.batches(_play(SAME_SPEED, **(EQUAL | {"clock": "synchronous"})))
+  plan = batches.plan(_play(SAME_SPEED, **(EQUAL | {"clock": "synchronous"})))
   happened, chunks = _run(algorithm, plan, SAME_SPEED)
   expected, rounds = _run(algorithm, None, SAME_SPEED, rounds=7)
   tasks.assert_same((chunks.state.server, chunks.state.times), (rounds.state.server, rounds.state.times))
@@ -257,7 +259,7 @@ def test_a_synchronous_round_is_the_mean_of_those_that_it_waited_for():
     if len(ids):
       w = w + np.mean([descended(id, w) - w for id in ids], axis=0)
   algorithm = fedavg(TASK)
-  _, chunks = _run(algorithm, schedule.batches(made))
+  _, chunks = _run(algorithm, batches.plan(made))
   np.testing.assert_allclose(_head(algorithm, chunks.state), w, rtol=0, atol=1e-5)
 
 
@@ -291,7 +293,7 @@ def test_clients_get_what_was_there_when_they_downloaded(concurrency):
   """Shared version and own row alike, whatever is computed together; their state is what their last visit left."""
   inputs = INPUTS._replace(settings=INPUTS.settings | {"rates": jnp.array([0.2])})
   made = _play(inputs, concurrency=concurrency, rounds=20)
-  _, chunks = _run(_told(), schedule.batches(made), inputs)
+  _, chunks = _run(_told(), batches.plan(made), inputs)
   assert bool(chunks.state.server["right"])
   assert int(chunks.state.server["version"]) == np.count_nonzero(made.arrives & (made.group >= 0))
 
@@ -299,7 +301,7 @@ def test_clients_get_what_was_there_when_they_downloaded(concurrency):
 def test_rows_may_be_staged(tmp_path):
   """Client rows on disk and examples in host memory: the same bits, after a checkpoint too."""
   task = TASK._replace(sgd=SGD._replace(batch_size=3))
-  plan = schedule.batches(_play(rounds=6, cohort_size=3, concurrency=3))
+  plan = batches.plan(_play(rounds=6, cohort_size=3, concurrency=3))
   made = simulation.simulator(
     lambda settings: (mifa(task), _process(settings)),
     INPUTS,
@@ -336,6 +338,6 @@ def test_rows_may_be_staged(tmp_path):
 
 
 def test_the_mask_of_those_present_is_refused():
-  plan = schedule.batches(_play(rounds=2))
+  plan = batches.plan(_play(rounds=2))
   with pytest.raises(InputError, match="softmax_mask: got 'present' on a virtual clock"):
     _run(fedavg(TASK), plan, softmax_mask="present")

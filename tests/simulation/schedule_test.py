@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from apfl_jax import population, random
 from apfl_jax.errors import InputError
-from apfl_jax.simulation import schedule
-from apfl_jax.simulation.schedule import Plan, Schedule, Settings
+from apfl_jax.simulation import batches, schedule
+from apfl_jax.simulation.batches import Plan
+from apfl_jax.simulation.schedule import Schedule, Settings
 from apfl_jax.types import Process, PyTree
 
 N = 9
@@ -26,7 +27,9 @@ def _coming_and_going(traced: PyTree) -> Process:
   return population.make(("markov", "bernoulli"), N, traced["rates"], *others, facts=population.Facts(off_rounds=2.0))
 
 
-def _play(seed: int = 0, rates: Any = (0.0, 0.0), spread: float = 0.0, compute: Any = COMPUTE, **values: Any) -> Schedule:
+def _play(
+  seed: int = 0, rates: Any = (0.0, 0.0), spread: float = 0.0, compute: Any = COMPUTE, **values: Any
+) -> Schedule:
   traced = {"rates": np.float32(rates), "spread": np.float32(spread)}
   values = {"clock": "asynchronous", "rounds": 5, "cohort_size": 3, "concurrency": 3, "round_seconds": 4.0} | values
   return schedule.make(_coming_and_going, traced, seed, Settings(**values), np.asarray(compute, float))
@@ -118,9 +121,7 @@ def _kept(plan: Plan) -> None:
   stale=st.integers(0, 4),
   width=st.integers(0, 4),
 )
-def test_asynchronous_schedules(
-  seed, rates, spread, equal, cohort, concurrency, rounds, jitter, length, stale, width
-):
+def test_asynchronous_schedules(seed, rates, spread, equal, cohort, concurrency, rounds, jitter, length, stale, width):
   made = _play(
     seed,
     rates,
@@ -138,7 +139,7 @@ def test_asynchronous_schedules(
   assert (np.diff(made.end[np.argsort(made.group)][np.count_nonzero(made.group < 0) :]) >= 0).all()
   if stale:
     assert made.staleness[made.arrives].max(initial=0) <= stale
-  plan = schedule.batches(made, width)
+  plan = batches.plan(made, width)
   _kept(plan)
   assert plan.layout.versions <= concurrency
 
@@ -169,7 +170,7 @@ def test_synchronous_schedules(seed, rates, spread, cohort, over, deadline, roun
       assert close <= start + deadline + 1e-9
     if close < start + deadline or not deadline:  # it ended by itself: with enough uploads, or with the last of them
       assert made.arrives[counted].sum() == cohort or counted.sum() == there.sum()
-  plan = schedule.batches(made)
+  plan = batches.plan(made)
   ids, ok = plan.cohorts(0, rounds)
   assert Counter(ids[ok].tolist()) == Counter(made.client[made.group >= 0].tolist())
   assert not plan.layout.alone and plan.layout.width <= made.places
@@ -198,7 +199,14 @@ def test_equal_durations_draw_the_cohorts_of_rounds():
   """Four clients at work, all for one round of the process: each time the first along that round's permutation."""
   for clock in ("asynchronous", "synchronous"):
     made = _play(
-      2, clock=clock, compute=np.full(N, 0.7), rounds=6, cohort_size=4, concurrency=4, round_seconds=0.7, max_staleness=0
+      2,
+      clock=clock,
+      compute=np.full(N, 0.7),
+      rounds=6,
+      cohort_size=4,
+      concurrency=4,
+      round_seconds=0.7,
+      max_staleness=0,
     )
     counted = made.group >= 0
     drawn = made.client[counted].reshape(6, 4)
@@ -207,7 +215,7 @@ def test_equal_durations_draw_the_cohorts_of_rounds():
     np.testing.assert_array_equal(made.round[counted], np.repeat(np.arange(6), 4))
     np.testing.assert_allclose(made.seconds, 0.7 * np.arange(1, 7))
     assert abs(made.idle_share) < 1e-9
-    sizes = schedule.batches(made).sizes
+    sizes = batches.plan(made).sizes
     np.testing.assert_array_equal(sizes, 4)
 
 
@@ -226,9 +234,7 @@ def test_a_population_that_never_comes_is_refused(monkeypatch):
   monkeypatch.setattr(schedule, "_PATIENCE", 20)
   for clock in ("asynchronous", "synchronous"):
     with pytest.raises(InputError, match="clock: got a population of which nobody is there for 20 rounds"):
-      schedule.make(
-        _nobody, np.float32(0), 0, Settings(clock, rounds=2, cohort_size=2, concurrency=2), np.ones(N)
-      )
+      schedule.make(_nobody, np.float32(0), 0, Settings(clock, rounds=2, cohort_size=2, concurrency=2), np.ones(N))
 
 
 def _nobody(traced: PyTree) -> Process:
@@ -261,7 +267,7 @@ def test_a_saved_schedule_is_the_same_and_makes_the_same_batches(tmp_path):
   for mine, theirs in zip(_saved(), read, strict=True):
     np.testing.assert_array_equal(theirs, mine)
     assert np.asarray(theirs).dtype == np.asarray(mine).dtype
-  one, other = schedule.batches(_saved()), schedule.batches(read)
+  one, other = batches.plan(_saved()), batches.plan(read)
   assert one.layout == other.layout
   jax.tree.map(np.testing.assert_array_equal, one.all, other.all)
 
@@ -288,10 +294,8 @@ def test_many_events_take_seconds():
 
   start = time.perf_counter()
   clients, traced = 2000, np.float32(0.5)
-  made = schedule.make(
-    _many, traced, 0, Settings("asynchronous", 20, 1000, 500, jitter=0.5), np.ones(clients)
-  )
-  plan = schedule.batches(made)
+  made = schedule.make(_many, traced, 0, Settings("asynchronous", 20, 1000, 500, jitter=0.5), np.ones(clients))
+  plan = batches.plan(made)
   assert plan.sizes.sum() == 20_000 and plan.sizes.mean() > 5
   assert time.perf_counter() - start < 20
 
