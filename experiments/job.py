@@ -57,12 +57,13 @@ class Job(NamedTuple):
   clock: simulation.batches.Plan | None
 
 
-def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
+def prepare(config: Config, dataset: data.Dataset | None = None, *, batch_width: int = 0) -> Job:
   """Loads, partitions and builds; nothing is written. Raises InputError for whatever does not fit together.
 
   Args:
     config: the settings.
     dataset: taken in place of the one that the settings name.
+    batch_width: visits of the asynchronous clock computed together, at most; 0 for what fits its schedule.
   """
   simulation.resolve(config.client_map)
   entry = algorithms.METHODS[config.algorithm]
@@ -176,7 +177,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
   server = jax.eval_shape(lambda i: build(i.settings)[0].init(jax.random.key(0)), inputs)
   masked = (config.softmax_mask, config.readout) != ("none", "plain")
   traffic = simulation.traffic(build, inputs, server, num_classes if masked else 0)
-  clock = _clock(config, build, task, inputs, traffic)
+  made = _schedule(config, build, task, inputs, traffic)
+  clock = simulation.batches.plan(made, batch_width) if made else None
   simulator = simulation.simulator(
     build,
     inputs,
@@ -193,24 +195,21 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
   return Job(config, dataset, verified, federation, inputs, build, task, simulator, gone, traffic, clock)
 
 
-def _clock(
+def _schedule(
   config: Config,
   build: Callable[[PyTree], tuple[Algorithm, Process]],
   task: Callable[[PyTree], Task],
   inputs: simulation.Inputs,
   traffic: tuple[int, int],
-) -> simulation.batches.Plan | None:
-  """Who starts and ends when, drawn or read, as batches; None for rounds."""
+) -> simulation.schedule.Schedule | None:
+  """Who starts and ends when, drawn or read; None for rounds."""
   if config.clock == "rounds":
     return None
   if jax.process_count() > 1:
     raise InputError(f"clock: got {config.clock!r} with several processes that share a run; accepted is rounds")
   size = config.cohort_size or config.num_clients
   if config.schedule:
-    path = Path(config.schedule)
-    return simulation.batches.plan(
-      simulation.schedule.load(path, config.clock, config.num_clients, size, config.rounds)
-    )
+    return simulation.schedule.load(Path(config.schedule), config.clock, config.num_clients, size, config.rounds)
   federation = inputs.federation
   steps = jax.jit(lambda settings, sizes: training.num_steps(task(settings).sgd, sizes))
   compute = np.zeros(config.num_clients)
@@ -227,16 +226,9 @@ def _clock(
     round_seconds=config.round_seconds or download + compute.mean() + upload or 1.0,
     max_staleness=config.max_staleness,
   )
-  return simulation.batches.plan(
-    simulation.schedule.make(
-      lambda traced: build(traced)[1],
-      inputs.settings,
-      config.seed,
-      settings,
-      compute,
-      download=download,
-      upload=upload,
-    )
+  process = lambda traced: build(traced)[1]
+  return simulation.schedule.make(
+    process, inputs.settings, config.seed, settings, compute, download=download, upload=upload
   )
 
 

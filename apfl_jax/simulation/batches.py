@@ -167,8 +167,8 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
 
   Args:
     schedule: who ends when.
-    width: clients a batch, at most; 0 for about twice the mean of what batches could be, at most K. The groups of a
-      synchronous round are one batch, whatever it is.
+    width: clients a batch, at most; 0 for the power of two next to the mean of what batches could be, at most K. A
+      synchronous round is one batch, whatever it is.
   """
   alone = schedule.clock == "asynchronous"
   counted = np.flatnonzero(schedule.group >= 0)
@@ -177,8 +177,7 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
     most = width or schedule.cohort_size
     begins = _begins(schedule, order, most)
     if not width:
-      mean = max(1, round(2 * len(order) / len(begins)))
-      width = min(schedule.cohort_size, 1 << (mean - 1).bit_length())
+      width = min(schedule.cohort_size, 2 ** round(np.log2(len(order) / len(begins))))
       begins = _begins(schedule, order, width)
   else:
     begins = np.searchsorted(schedule.group[order], np.arange(len(schedule.seconds)))
