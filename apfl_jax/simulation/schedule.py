@@ -114,7 +114,7 @@ class Schedule(NamedTuple):
   def idle_share(self) -> float:
     """Share of the places' time in which nobody was at work, up to the end of the last round."""
     busy = np.minimum(self.end, self.seconds[-1]) - np.minimum(self.start, self.seconds[-1])
-    return float(1 - busy.sum() / (self.places * self.seconds[-1]))
+    return max(0.0, float(1 - busy.sum() / (self.places * self.seconds[-1])))
 
   def staleness_histogram(self, bins: int = 40) -> dict[str, list[int]]:
     """How stale what arrived was: counts [b], and edges [b + 1], of which a bin holds the lower one."""

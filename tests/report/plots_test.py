@@ -30,7 +30,7 @@ def hexadecimal(color):
   ("kind", "missing"),
   [
     ("ap_fl", set()),
-    ("fedavg", {"samples"}),
+    ("fedavg", {"samples", "time"}),
     ("unevaluated", {"curves", "clients", "samples", "confusion"}),
   ],
 )

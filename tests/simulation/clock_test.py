@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apfl_jax import population, simulation
+from apfl_jax import metrics, population, simulation
 from apfl_jax.algorithms import fedasync, fedavg, fedbuff, mifa, persafl
 from apfl_jax.errors import InputError
 from apfl_jax.simulation import batches, schedule
@@ -341,3 +341,46 @@ def test_the_mask_of_those_present_is_refused():
   plan = batches.plan(_play(rounds=2))
   with pytest.raises(InputError, match="softmax_mask: got 'present' on a virtual clock"):
     _run(fedavg(TASK), plan, softmax_mask="present")
+
+
+COHORT = 4
+
+
+def _on_the_clock(name: str, rounds: int) -> tuple[simulation.Chunks, simulation.Simulator]:
+  """A method of the registry on the `fast` task, each upload aggregated by itself."""
+  inputs = tasks.inputs(name)
+  build = lambda settings: tasks.build(name, tasks.NUM_CLIENTS, settings, aggregations=COHORT)
+  settings = schedule.Settings("asynchronous", rounds, COHORT, concurrency=3, jitter=0.5, round_seconds=1.0)
+  compute = np.ones(tasks.NUM_CLIENTS)
+  made = schedule.make(lambda traced: build(traced)[1], inputs.settings, inputs.seed, settings, compute)
+  plan = batches.plan(made)
+  simulator = simulation.simulator(
+    build,
+    inputs,
+    tasks.NUM_CLASSES,
+    population_size=tasks.NUM_CLIENTS,
+    cohort_size=plan.per_round,
+    chunk=rounds,
+    layout=plan.layout,
+    how="sequential",
+  )
+  staging = simulation.Staging(simulator, jax.tree.map(np.asarray, inputs))
+  chunks = simulation.Chunks(simulator, staging, *staging.begin(), plan=plan)
+  chunks.run(rounds, 0)
+  return chunks, simulator
+
+
+def test_a_method_with_rows_of_its_own_learns_on_the_clock():
+  chunks, simulator = _on_the_clock("pafedfv", 10)
+  scores = tasks.personal(simulator, chunks.state, chunks.inputs)
+  assert metrics.accuracy(scores.own).min() > 0.9
+
+
+def test_the_generator_of_ap_fl_trains_once_a_round_of_uploads():
+  """And as long as in rounds: after a tenth of ten rounds, two steps each."""
+  chunks, _ = _on_the_clock("ap_fl", 4)
+  server: Any = chunks.state.server
+  assert int(server.rounds) == 4 * COHORT
+  counts = {int(x) for x in jax.tree.leaves(server.optimizer) if x.ndim == 0}
+  assert counts == {(4 - 1) * 2}
+  tasks.assert_finite(server)

@@ -59,7 +59,7 @@ def _causal(made: Schedule) -> None:
   change = np.repeat([1, -1], len(made.start))
   order = np.lexsort((change, moments))  # who ends at a moment makes room for who starts then
   assert np.cumsum(change[order]).max() <= made.places
-  assert made.idle_share >= -1e-12
+  assert 0 <= made.idle_share < 1
 
   counted = np.flatnonzero(made.group >= 0)
   assert (made.end[counted] <= ends).all() and not made.arrives[made.group < 0].any()
