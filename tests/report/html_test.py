@@ -102,7 +102,7 @@ def test_names_are_escaped(ap_fl):
   (ap_fl / "flags.txt").write_text("--note=</pre><script>\n")
   page = Page(report.write(ap_fl))
   assert not {"script", "b", "i"} & set(page.tags)
-  assert page.tags.count("img") == len(page.images) == 6
+  assert page.tags.count("img") == len(page.images) == 7
   assert "<script>alert(1)</script>" in page.text and "--note=</pre><script>" in page.text
 
 
