@@ -390,7 +390,7 @@ def _events(prepared: job.Job, visits: int) -> Callable[[], Any]:
     return prepared.build(inputs.settings)[0].aggregate(server, received, jax.random.key(visit.round))
 
   def play() -> Any:
-    server = start(inputs)
+    server, first = start(inputs), jnp.int32(0)
     order = np.argsort(np.where(made.group < 0, len(made.group), made.group), kind="stable")
     waiting = iter(np.arange(len(made.client)))  # in the order in which they start
     downloads = {next(waiting): download(inputs, server) for _ in range(made.places)}
@@ -398,7 +398,7 @@ def _events(prepared: job.Job, visits: int) -> Callable[[], Any]:
       visit = Visit(
         id=made.client[number],
         round=made.round[number],
-        times=np.int32(0),
+        times=first,
         staleness=made.staleness[number],
         work=made.work[number],
         wait=made.wait[number],
