@@ -30,6 +30,7 @@ class Purpose(enum.IntEnum):
   SPLIT = 10
   POPULATION_START = 11
   VERIFICATION = 12
+  DURATION = 13
   JUDGE = 20
 
 

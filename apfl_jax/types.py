@@ -94,9 +94,11 @@ class Visit(NamedTuple):
 
   Attributes:
     id: int32, for keys and for a server's tables; a method does not branch on it.
-    round: int32, the round in which its upload is due.
+    round: int32, the round in which its upload is due; on an asynchronous clock a later one where its last visit had
+      that round, so that it is another at every visit.
     times: int32, rounds it took part in before this one.
-    staleness: int32, how many rounds ago it downloaded.
+    staleness: int32, server versions between its download and the aggregation of its upload. A round makes one; on an
+      asynchronous clock each upload that arrives does.
     work: float32 in (0, 1], the share of its steps that it does.
     wait: int32, idle local steps while the server is late.
   """
@@ -114,7 +116,7 @@ class Download(NamedTuple):
 
   Attributes:
     shared: pytree, the same for all; kept in the history of versions.
-    own: pytree [N, ...] indexed by client id, or (); a client sees only its own row.
+    own: pytree [N, ...] indexed by client id, or (); a client sees only its own row, as it was when it downloaded.
   """
 
   shared: PyTree
@@ -262,6 +264,8 @@ class Task(NamedTuple):
     rounds: int32 [], how many rounds the run will have; traced, for schedules that are shares of it.
     spread: (pytree [B, ...]) -> the same, its rows shared out over the devices: for the server's own training, in
       `aggregate`. Clients' functions are on one device and do not call it.
+    aggregations: how many calls of `aggregate` make a round: 1, or K on an asynchronous clock, where each upload is
+      aggregated by itself.
   """
 
   num_clients: int
@@ -272,6 +276,7 @@ class Task(NamedTuple):
   sgd: LocalSGD
   rounds: Array
   spread: Callable[[PyTree], PyTree] = lambda batch: batch
+  aggregations: int = 1
 
 
 class Algorithm(NamedTuple):
@@ -349,8 +354,9 @@ class State(NamedTuple):
     clients: pytree [N, ...] in row order, the method's; rows of clients never visited mean nothing. Where rows move,
       those of a chunk's clients, as in its federation.
     times: int32 [N], or as `clients`, rounds each client took part in.
-    population: pytree, the process's.
-    history: pytree [H, ...], a ring of the last H versions of `Download.shared`; version v is in slot v % H.
+    population: pytree, the process's; on a virtual clock as before round 0, for the schedule knows who comes.
+    history: pytree [H, ...], a ring of the last H versions of `Download.shared`; version v is in slot v % H. On an
+      asynchronous clock a Download: `shared` [H + 1, ...], `own` [S, ...], in slots that the schedule assigns.
   """
 
   round: Array

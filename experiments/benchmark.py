@@ -28,6 +28,7 @@ from apfl_jax import data, simulation
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
 from apfl_jax.settings import Limits, checked
+from apfl_jax.types import Data, Received, Span, Visit
 from experiments import config, job, peers
 from experiments.config import Config
 from experiments.peers import Peer, PeerError
@@ -66,11 +67,18 @@ class Rounds:
   """A job on noise that goes from state to state, one call after another."""
 
   def __init__(
-    self, image_shape: tuple[int, int, int], examples: int = 5000, *, all_visited: bool = False, **settings: Any
+    self,
+    image_shape: tuple[int, int, int],
+    examples: int = 5000,
+    *,
+    all_visited: bool = False,
+    batch_width: int = 0,
+    **settings: Any,
   ):
     """Nobody drops, nothing is augmented; `settings` are fields of `Config`.
 
-    With `all_visited` every client's row is written beforehand, as if it had taken part.
+    With `all_visited` every client's row is written beforehand, as if it had taken part. `batch_width` is that of
+    `job.prepare`.
     """
     self._all_visited = all_visited
     rng = np.random.default_rng(0)
@@ -87,7 +95,7 @@ class Rounds:
       min_size=2,
     )
     self.config = dataclasses.replace(plain, **{"settings": {}, **settings})
-    self.job = job.prepare(self.config, noise)
+    self.job = job.prepare(self.config, noise, batch_width=batch_width)
     self.simulator = self.job.simulator
     self.inputs = self.job.inputs
     self._chunks: simulation.Chunks | None = None
@@ -108,7 +116,8 @@ class Rounds:
         rows = staging.shapes()[0].clients
         blank = jax.tree.map(lambda x: np.broadcast_to(x.dtype.type(0), (count, *x.shape[1:])), rows)
         snapshot = simulation.Snapshot(np.arange(count), np.ones(count, np.int32), blank)
-      self._chunks = simulation.Chunks(self.simulator, staging, *staging.begin(snapshot), compiled)
+      begun = staging.begin(snapshot)
+      self._chunks = simulation.Chunks(self.simulator, staging, *begun, compiled, self.job.clock)
     return self._chunks
 
   def advance(self, rounds: int = 1) -> Any:
@@ -313,6 +322,95 @@ def scaling(wanted: Wanted) -> Iterator[Case]:
     yield Case(name, rounds.advance, clients * 4 * 32, clients, flops)
 
 
+def clock(wanted: Wanted) -> Iterator[Case]:
+  """FedAsync on the asynchronous clock: 10,000 clients in the shape of `fast`, 1000 at work, two small steps a visit.
+
+  A call is 5000 visits of a schedule of 100,000. `one` computes the same in batches of one visit; `events` plays the
+  schedule in Python, a compiled call for each visit and one for each upload, as a simulator without batches does.
+  """
+  settings: dict[str, Any] = {
+    "algorithm": "fedasync",
+    "model": "mlp",
+    "num_clients": 10_000,
+    "cohort_size": 1000,
+    "examples_per_client": 20,
+    "local_steps": 2,
+    "batch_size": 8,
+    "rounds": 100,
+    "clock": "asynchronous",
+    "speed": "lognormal",
+  }
+  for label, visits, values in (
+    ("vmap:32", 5000, {"client_map": "vmap:32"}),
+    ("sequential", 5000, {"client_map": "sequential"}),
+    ("one", 1000, {"batch_width": 1}),
+    ("events", 1000, {}),
+  ):
+    name = f"fedasync/mlp/N=10000/{label}"
+    if not wanted(name):
+      continue
+    start = time.perf_counter()
+    rounds = Rounds((4, 4, 1), **settings, **values)
+    prepared = time.perf_counter() - start
+    plan = rounds.job.clock
+    assert plan is not None
+    call = _events(rounds.job, visits) if label == "events" else partial(rounds.advance, visits // 1000)
+    told = {"prepare_seconds": prepared, "mean_batch": 1.0 if label == "events" else float(plan.sizes.mean())}
+    yield Case(name, call, 16 * visits, visits, extra=partial(dict, told))
+
+
+def _events(prepared: job.Job, visits: int) -> Callable[[], Any]:
+  """Plays the first visits of a schedule one by one; a method whose clients keep nothing."""
+  inputs, made = prepared.inputs, prepared.clock.schedule if prepared.clock else None
+  assert made is not None
+
+  @jax.jit
+  def start(inputs):
+    return prepared.build(inputs.settings)[0].init(jax.random.key(0))
+
+  @jax.jit
+  def download(inputs, server):
+    return prepared.build(inputs.settings)[0].download(server)
+
+  @jax.jit
+  def update(inputs, download, row, visit):
+    train, validation = (
+      Span(span.start[row], span.size[row]) for span in (inputs.federation.train, inputs.federation.validation)
+    )
+    key = jax.random.fold_in(jax.random.key(inputs.seed), visit.id)
+    given = Data(inputs.federation.store, train, validation)
+    return prepared.build(inputs.settings)[0].local_update(download, (), given, visit, key)[1]
+
+  @jax.jit
+  def aggregate(inputs, server, upload, visit):
+    row = lambda x: x[None]
+    kept = jax.tree.map(row, upload.kept)
+    ids, staleness = row(visit.id), row(visit.staleness)
+    received = Received(upload.update, upload.weight, kept, ids, jnp.ones(1, bool), staleness)
+    return prepared.build(inputs.settings)[0].aggregate(server, received, jax.random.key(visit.round))
+
+  def play() -> Any:
+    server, first = start(inputs), jnp.int32(0)
+    order = np.argsort(np.where(made.group < 0, len(made.group), made.group), kind="stable")
+    waiting = iter(np.arange(len(made.client)))  # in the order in which they start
+    downloads = {next(waiting): download(inputs, server) for _ in range(made.places)}
+    for number in order[:visits]:
+      visit = Visit(
+        id=made.client[number],
+        round=made.round[number],
+        times=first,
+        staleness=made.staleness[number],
+        work=made.work[number],
+        wait=made.wait[number],
+      )
+      upload = update(inputs, downloads.pop(number), made.client[number], visit)
+      server = aggregate(inputs, server, upload, visit)
+      downloads[next(waiting)] = download(inputs, server)
+    return server
+
+  return play
+
+
 SUITES: dict[str, Callable[[Wanted], Iterator[Case]]] = {
   "local_training": local_training,
   "round": whole_round,
@@ -322,6 +420,7 @@ SUITES: dict[str, Callable[[Wanted], Iterator[Case]]] = {
   "generator": generator,
   "personalize": personalize,
   "scaling": scaling,
+  "clock": clock,
 }
 
 
@@ -441,6 +540,8 @@ def line(row: dict[str, Any]) -> str:
     parts.append(f"{row['clients_per_second']:,.1f} clients/s")
   if row.get("masked_share") is not None:
     parts.append(f"{100 * row['masked_share']:.0f} % masked, {100 * row['short_batch_share']:.0f} % in short batches")
+  if row.get("mean_batch") is not None:
+    parts.append(f"batches of {row['mean_batch']:.0f}, prepared in {row['prepare_seconds']:.1f} s")
   if row.get("planned_memory_bytes") is not None:
     planned = row["planned_memory_bytes"]
     parts.append(f"{row['peak_resident_bytes'] / 1e9:.2f} GB taken of {planned / 1e9:.2f} planned")

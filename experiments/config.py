@@ -19,6 +19,7 @@ from apfl_jax.errors import InputError
 from apfl_jax.files import cache_dir
 from apfl_jax.population import FACTS, PROCESSES, SPEEDS
 from apfl_jax.settings import Limits, checked
+from apfl_jax.simulation import CLOCKS
 from apfl_jax.training.augment import AUGMENTATIONS
 
 _PLACES = ("auto", *simulation.PLACES)
@@ -71,7 +72,7 @@ class Config:
   regions: int = _setting(FACTS.regions, "of regional", least=1, most=2**31 - 1)
   trace: str = _setting("", "CSV file of trace, see apfl_jax/population/traces.py; empty for a synthetic sample")
   trace_round: float = _setting(1.0, "length of a round in the trace's unit of time; the sample's is an hour", above=0)
-  speed: str = _setting("constant", "law of clients' speeds, mean 1; rounds do not read them", choices=SPEEDS)
+  speed: str = _setting("constant", "law of clients' speeds, mean 1; only a virtual clock reads them", choices=SPEEDS)
   speed_spread: float = _setting(
     0.5,
     "of speeds: half the width of uniform (less than 1), deviation of lognormal's logarithm, for pareto the tail index"
@@ -80,7 +81,24 @@ class Config:
     most=4,
   )
   server_wait: int = _setting(0, "local steps for which a client is idle while the server is late", least=0)
-  versions: int = _setting(1, "server versions kept for late clients; no process of today delays any", least=1)
+  clock: str = _setting(
+    "rounds", "rounds without time, synchronous rounds in virtual time, or a server step at each upload", choices=CLOCKS
+  )
+  concurrency: int = _setting(0, "clients at work at a time, of the asynchronous clock; 0 for cohort_size", least=0)
+  over_selection: float = _setting(
+    0.0, "share of clients that a synchronous round starts beyond those it waits for", least=0, most=10
+  )
+  deadline: float = _setting(0.0, "virtual seconds after which a synchronous round ends; 0 for none", least=0)
+  step_seconds: float = _setting(1.0, "virtual seconds of an SGD step at speed 1", above=0)
+  bandwidth: float = _setting(0.0, "bytes that a client moves in a virtual second; 0 for no limit", least=0)
+  duration_jitter: float = _setting(
+    0.0, "standard deviation of the logarithm of what a visit's duration is multiplied by", least=0, most=4
+  )
+  round_seconds: float = _setting(
+    0.0, "virtual seconds of a round of the availability processes; 0 for the mean visit at speed 1", least=0
+  )
+  max_staleness: int = _setting(0, "server versions that an upload may be behind and still arrive; 0 for any", least=0)
+  schedule: str = _setting("", "schedule.npz of a run, to be replayed by a run of the same clock and sizes")
   rounds: int = _setting(40, "rounds", least=1)
   local_epochs: int = _setting(1, "passes over a client's examples a round, where local_steps is 0", least=1)
   local_steps: int = _setting(15, "SGD steps of a client a round; 0 for local_epochs", least=0)
@@ -161,8 +179,34 @@ class Config:
       raise InputError(f"trace: got {self.trace} with --dropout={self.dropout}, accepted is --dropout with trace in it")
     if self.speed == "uniform" and self.speed_spread >= 1:
       raise InputError(f"speed_spread: got {self.speed_spread:g} with --speed=uniform, accepted is less than 1")
+    if self.schedule:
+      object.__setattr__(self, "schedule", os.path.abspath(os.path.expanduser(self.schedule)))
+    self._check_clock()
     if self.cohort_size > self.num_clients:
       raise InputError(f"cohort_size: got {self.cohort_size}, accepted is 0 (all) to num_clients={self.num_clients}")
+
+  def _check_clock(self) -> None:
+    """Raises InputError for a setting that the clock does not read."""
+    readers = {
+      "concurrency": ("asynchronous",),
+      "max_staleness": ("asynchronous",),
+      "over_selection": ("synchronous",),
+      "deadline": ("synchronous",),
+      "schedule": ("synchronous", "asynchronous"),
+    }
+    for name, clocks in readers.items():
+      if getattr(self, name) and self.clock not in clocks:
+        raise InputError(
+          f"{name}: got {getattr(self, name)} with --clock={self.clock}, accepted is --clock={' or '.join(clocks)}"
+        )
+    size = self.cohort_size or self.num_clients
+    if size * (1 + self.over_selection) > self.num_clients:
+      raise InputError(
+        f"over_selection: got {self.over_selection:g}, accepted is at most num_clients / cohort_size - 1 ="
+        f" {self.num_clients / size - 1:.4g}"
+      )
+    if self.concurrency > self.num_clients:
+      raise InputError(f"concurrency: got {self.concurrency}, accepted is 0 to num_clients={self.num_clients}")
 
   @property
   def wrapper_names(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import apfl_jax
-from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation
+from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation, training
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
 from apfl_jax.types import Algorithm, Array, Federation, HeldOut, LocalSGD, Process, PyTree, Task
@@ -41,6 +41,8 @@ class Job(NamedTuple):
     task: settings -> Task.
     simulator: the compiled functions.
     gone: bool [N], clients that never take part or leave for good.
+    traffic: bytes of a visit, down and up.
+    clock: the plan of the virtual clock; None for rounds.
   """
 
   config: Config
@@ -52,14 +54,17 @@ class Job(NamedTuple):
   task: Callable[[PyTree], Task]
   simulator: simulation.Simulator
   gone: np.ndarray
+  traffic: tuple[int, int]
+  clock: simulation.batches.Plan | None
 
 
-def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
+def prepare(config: Config, dataset: data.Dataset | None = None, *, batch_width: int = 0) -> Job:
   """Loads, partitions and builds; nothing is written. Raises InputError for whatever does not fit together.
 
   Args:
     config: the settings.
     dataset: taken in place of the one that the settings name.
+    batch_width: visits of the asynchronous clock computed together, at most; 0 for what fits its schedule.
   """
   simulation.resolve(config.client_map)
   entry = algorithms.METHODS[config.algorithm]
@@ -144,6 +149,7 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
       sgd=sgd,
       rounds=settings["rounds"],
       spread=simulation.spread(mesh),
+      aggregations=(config.cohort_size or config.num_clients) if config.clock == "asynchronous" else 1,
     )
 
   def build(settings: PyTree) -> tuple[Algorithm, Process]:
@@ -171,20 +177,62 @@ def prepare(config: Config, dataset: data.Dataset | None = None) -> Job:
     },
     held_out=held_out,
   )
+  server = jax.eval_shape(lambda i: build(i.settings)[0].init(jax.random.key(0)), inputs)
+  masked = (config.softmax_mask, config.readout) != ("none", "plain")
+  traffic = simulation.traffic(build, inputs, server, num_classes if masked else 0)
+  made = _schedule(config, build, task, inputs, traffic)
+  clock = simulation.batches.plan(made, batch_width) if made else None
   simulator = simulation.simulator(
     build,
     inputs,
     num_classes,
     population_size=config.num_clients,
-    cohort_size=config.cohort_size or config.num_clients,
+    cohort_size=clock.per_round if clock else config.cohort_size or config.num_clients,
     chunk=min(10, config.rounds),
-    versions=config.versions,
+    layout=clock.layout if clock else None,
     softmax_mask=config.softmax_mask,
     readout=config.readout,
     how=config.client_map,
     mesh=mesh,
   )
-  return Job(config, dataset, verified, federation, inputs, build, task, simulator, gone)
+  return Job(config, dataset, verified, federation, inputs, build, task, simulator, gone, traffic, clock)
+
+
+def _schedule(
+  config: Config,
+  build: Callable[[PyTree], tuple[Algorithm, Process]],
+  task: Callable[[PyTree], Task],
+  inputs: simulation.Inputs,
+  traffic: tuple[int, int],
+) -> simulation.schedule.Schedule | None:
+  """Who starts and ends when, drawn or read; None for rounds."""
+  if config.clock == "rounds":
+    return None
+  if jax.process_count() > 1:
+    raise InputError(f"clock: got {config.clock!r} with several processes that share a run; accepted is rounds")
+  size = config.cohort_size or config.num_clients
+  if config.schedule:
+    return simulation.schedule.load(Path(config.schedule), config.clock, config.num_clients, size, config.rounds)
+  federation = inputs.federation
+  steps = jax.jit(lambda settings, sizes: training.num_steps(task(settings).sgd, sizes))
+  compute = np.zeros(config.num_clients)
+  compute[np.asarray(federation.id)] = config.step_seconds * np.asarray(steps(inputs.settings, federation.train.size))
+  download, upload = (x / config.bandwidth if config.bandwidth else 0.0 for x in traffic)
+  settings = simulation.schedule.Settings(
+    clock=config.clock,
+    rounds=config.rounds,
+    cohort_size=size,
+    concurrency=config.concurrency or size,
+    over_selection=config.over_selection,
+    deadline=config.deadline,
+    jitter=config.duration_jitter,
+    round_seconds=config.round_seconds or download + compute.mean() + upload or 1.0,
+    max_staleness=config.max_staleness,
+  )
+  process = lambda traced: build(traced)[1]
+  return simulation.schedule.make(
+    process, inputs.settings, config.seed, settings, compute, download=download, upload=upload
+  )
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -216,7 +264,9 @@ def run(config: Config) -> dict[str, Any]:
       directory=workdir,
       **places(config),
       memory_limit=int(config.memory_limit * 2**30),
-      on_start=partial(_claim, workdir, config, write=writes),
+      clock=job.clock,
+      traffic=job.traffic,
+      on_start=partial(_begin, workdir, job, write=writes),
       on_record=partial(_write_record, workdir) if writes else lambda record: None,
       progress=config.progress,
     )
@@ -397,6 +447,14 @@ def _claim(workdir: Path, config: Config, *, write: bool) -> dict[str, Any] | No
   return None
 
 
+def _begin(workdir: Path, job: Job, *, write: bool) -> None:
+  """The directory is the run's from now on, and has its schedule."""
+  _claim(workdir, job.config, write=write)
+  if write and job.clock:
+    with replacing(workdir / "schedule.npz") as path, open(path, "wb") as file:
+      simulation.schedule.save(job.clock.schedule, file)
+
+
 def _announced(summary: dict[str, Any], workdir: Path) -> dict[str, Any]:
   """The summary with where things are; the paths are not stored, so that a run directory can be moved."""
   page = workdir / "report.html"
@@ -491,9 +549,8 @@ def _reweighted(result: simulation.Result, histogram: np.ndarray) -> np.ndarray:
 def _prices(job: Job, result: simulation.Result) -> simulation.Prices:
   config = job.config
   offsets = len(job.dataset.class_names) if (config.softmax_mask, config.readout) != ("none", "plain") else 0
-  return simulation.prices(
-    job.build, job.inputs, result.state.server, config.server_wait, offsets, job.simulator.cohort_size
-  )
+  together = 1 if config.clock == "asynchronous" else job.simulator.cohort_size
+  return simulation.prices(job.build, job.inputs, result.state.server, config.server_wait, offsets, together)
 
 
 def _summary(
@@ -548,7 +605,10 @@ def _summary(
     "recall": {"global_model": global_recall, "personal": metrics.fairness.classes(arrays["personal_recall"])},
     "unseen": unseen,
     "verification": _verification(job, result),
-    "cost": simulation.cost(prices, result, job.inputs, generates=generates)._asdict(),
+    "cost": simulation.cost(
+      prices, result, job.inputs, generates=generates, one_by_one=config.clock == "asynchronous"
+    )._asdict(),
+    "time": _time(job),
     "partition": config.partition,
     "alpha": config.alpha if config.partition == "dirichlet" else None,
     "dropout": config.dropout,
@@ -565,6 +625,20 @@ def _summary(
     "versions": versions(),
     "commit": commit(),
     "finished": True,
+  }
+
+
+def _time(job: Job) -> dict[str, Any] | None:
+  """What summary.json says of virtual time; None for rounds."""
+  if job.clock is None:
+    return None
+  schedule, sizes = job.clock.schedule, job.clock.sizes
+  return {
+    "clock": schedule.clock,
+    "virtual_seconds": float(schedule.seconds[-1]),
+    "idle_share": schedule.idle_share,
+    "staleness": schedule.staleness_histogram(),
+    "batches": {"count": len(sizes), "mean": float(sizes.mean()), "max": int(sizes.max())},
   }
 
 

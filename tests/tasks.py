@@ -45,7 +45,9 @@ def _settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
   return traced, {key: value for key, value in values.items() if key not in traced}
 
 
-def build(name: str, num_clients: int, settings: PyTree, mesh: Mesh | None = None) -> tuple[Algorithm, Process]:
+def build(
+  name: str, num_clients: int, settings: PyTree, mesh: Mesh | None = None, aggregations: int = 1
+) -> tuple[Algorithm, Process]:
   """A method on the multilayer perceptron; some clients never come and uploads get lost, at `drop_rates`.
 
   `name` may go on with wrappers, as in 'fedavg|krum'.
@@ -64,7 +66,7 @@ def build(name: str, num_clients: int, settings: PyTree, mesh: Mesh | None = Non
     augment="none",
   )
   spread = simulation.spread(mesh)
-  task = Task(num_clients, NUM_CLASSES, IMAGE_SHAPE, embeddings, model, sgd, settings["rounds"], spread)
+  task = Task(num_clients, NUM_CLASSES, IMAGE_SHAPE, embeddings, model, sgd, settings["rounds"], spread, aggregations)
   algorithm = algorithms.METHODS[name].make(task, **_settings(name)[1], **settings["method"])
   for wrapper in wrappers:
     static = _settings(wrapper)[1]

@@ -4,11 +4,11 @@
   server: w <- (1 - a_t) w + a_t w_i,  a_t = alpha s(t - tau), on each arrival     (algorithm 1)
 
 s is one of `staleness`. Clients count alike, as in the paper; `--weighting` has no effect. What arrives together is
-mixed in one after another: tau counts the rounds that an arrival is late and the arrivals mixed in before it in the
+mixed in one after another: tau counts the versions that an arrival is late and the arrivals mixed in before it in the
 same round, which are server versions too (with alpha = 1 and s = 1 / (1 + tau) fresh models give uniform FedAvg). A
-model that is more than `max_staleness` rounds late is not mixed in; in the paper that is the bound of the simulated
-delays, 4 or 16 [M]. Defaults are the paper's [M], of which it tunes alpha. It divides alpha by 2 once [M]; here it is
-constant.
+model that is more than `max_staleness` versions late is not mixed in; in the paper that is the bound of the simulated
+delays, 4 or 16 [M], and on a clock with C clients at work C - 1 is the mean of tau. Defaults are the paper's [M], of
+which it tunes alpha. It divides alpha by 2 once [M]; here it is constant.
 """
 
 from typing import Annotated, NamedTuple
@@ -57,9 +57,9 @@ def fedasync(
     staleness: how that falls with staleness: 'constant', 'polynomial' or 'hinge'.
     exponent: a of 'polynomial'.
     hinge_slope: a of 'hinge'.
-    hinge_start: b of 'hinge', the most rounds that cost nothing.
+    hinge_start: b of 'hinge', the most versions that cost nothing.
     rho: weight of the proximal term.
-    max_staleness: rounds; older models are left out.
+    max_staleness: versions; older models are left out.
   """
   local = fedprox(task, mu=rho)
   uniform = task.sgd._replace(weighting="uniform")

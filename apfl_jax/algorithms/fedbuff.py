@@ -6,10 +6,11 @@
   s(tau) = (1 + tau)^-a, a = .5
 
 Every client counts alike, as in the paper; `--weighting` has no effect. What arrives together is taken one after
-another, so that the buffer may be emptied several times in a round, or not at all: tau counts the rounds that an
-arrival is late and the server's steps before it in the same round. What is in the buffer at the end of a run stays
-there. The server's step is FedAvgM's, whose momentum is 0 here unless set; the authors' FLSim has .9 with eta .7
-in its example [C], and can divide by s of the mean staleness [C], which the paper does not.
+another, so that the buffer may be emptied several times in a round, or not at all. A version is what a server's step
+makes: its number goes down with the model and comes back with the update, and tau is how many steps the server took in
+between. What is in the buffer at the end of a run stays there. The server's step is FedAvgM's, whose momentum is 0 here
+unless set; the authors' FLSim has .9 with eta .7 in its example [C], and can divide by s of the mean staleness [C],
+which the paper does not.
 """
 
 from typing import Annotated, NamedTuple
@@ -30,11 +31,37 @@ class Server(NamedTuple):
     model: the global model and its optimiser.
     buffer: the sum of s(tau) d_i.
     held: int32 [], how many updates are in it; less than the buffer's size.
+    version: int32 [], its steps so far.
   """
 
   model: fedopt.Server
   buffer: Params
   held: Array
+  version: Array
+
+
+class Shared(NamedTuple):
+  """What a client downloads.
+
+  Attributes:
+    params: the global model.
+    version: int32 [].
+  """
+
+  params: Params
+  version: Array
+
+
+class Kept(NamedTuple):
+  """What the server wants client by client.
+
+  Attributes:
+    plain: d_i, and whether the client has examples.
+    version: int32 [], that of its download.
+  """
+
+  plain: one_by_one.Kept
+  version: Array
 
 
 def fedbuff(
@@ -54,32 +81,38 @@ def fedbuff(
     server_learning_rate: eta.
     server_momentum: of the server's steps.
   """
+  plain = one_by_one.local_update(task)
   stepping = fedopt.fedavgm(task, server_learning_rate=server_learning_rate, momentum=server_momentum)
 
   def init(key):
     model = stepping.init(key)
-    return Server(model, jax.tree.map(jnp.zeros_like, model.params), jnp.int32(0))
+    return Server(model, jax.tree.map(jnp.zeros_like, model.params), jnp.int32(0), jnp.int32(0))
+
+  def local_update(download, client, data, visit, key):
+    client, upload = plain(Download(download.shared.params), client, data, visit, key)
+    return client, upload._replace(kept=Kept(upload.kept, download.shared.version))
 
   def aggregate(server, received, key):
     def emptied(server):
       filled = received._replace(total=server.buffer, weight=server.held)
       empty = jax.tree.map(jnp.zeros_like, server.buffer)
-      return Server(stepping.aggregate(server.model, filled, key), empty, jnp.int32(0))
+      return Server(stepping.aggregate(server.model, filled, key), empty, jnp.int32(0), server.version + 1)
 
-    def arrival(carry, item):
-      (server, steps), (delta, counts, late) = carry, item
-      scale = staleness.polynomial(late + steps, staleness_exponent)
+    def arrival(server, item):
+      delta, counts, version = item
+      scale = staleness.polynomial(server.version - version, staleness_exponent)
       buffer = jax.tree.map(lambda b, d: jnp.where(counts, b + scale * d, b), server.buffer, delta)
-      server, full = Server(server.model, buffer, server.held + counts), server.held + counts >= buffer_size
-      return (jax.lax.cond(full, emptied, lambda server: server, server), steps + full), None
+      server = server._replace(buffer=buffer, held=server.held + counts)
+      return jax.lax.cond(server.held >= buffer_size, emptied, lambda server: server, server), None
 
-    items = received.kept.delta, received.arrived & received.kept.counts, received.staleness
-    return jax.lax.scan(arrival, (server, jnp.int32(0)), items)[0][0]
+    update, version = received.kept
+    return jax.lax.scan(arrival, server, (update.delta, received.arrived & update.counts, version))[0]
 
   return fedavg(task)._replace(
     init=init,
-    download=lambda server: Download(shared=server.model.params),
-    local_update=one_by_one.local_update(task),
+    download=lambda server: Download(Shared(server.model.params, server.version)),
+    local_update=local_update,
     aggregate=aggregate,
     global_model=lambda server: server.model.params,
+    personalize=lambda download, client, data, visit, key: download.shared.params,
   )

@@ -5,7 +5,7 @@ From the downloaded w_0 = w, over Q local steps w_{q+1} = w_q - eta g:
   A (plain): g = grad f(w_q; D)
   B (MAML):  g = (I - alpha grad2 f(w_q; D'')) grad f(w_q - alpha grad f(w_q; D'); D)
   C (ME):    g = lambda (w_q - theta),  theta ~ argmin f(theta; D) + lambda / 2 |theta - w_q|^2 by K gradient steps
-  server:    w <- w + beta s(tau) (w_Q - w_0) at each arrival, tau rounds after its download
+  server:    w <- w + beta s(tau) (w_Q - w_0) at each arrival, tau versions after its download
   personal:  A: w, fine-tuned; B: w after a step of rate alpha; C: theta around w, which `pfedme` lets move first where
              there are steps for that
 

@@ -4,7 +4,8 @@
   polynomial  s = (1 + tau)^-a
   hinge       s = 1 for tau <= b, else 1 / (a (tau - b) + 1)
 
-In every one s(0) = 1. The simulation tells tau in rounds (`staleness` of `Visit` and `Received`).
+In every one s(0) = 1. The simulation tells tau in versions of the server (`staleness` of `Visit` and `Received`): a
+round makes one, and on the asynchronous clock each upload that arrives.
 """
 
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """Numbers from predictions: confusion matrices, what they say of classes, how fair they are, who is ahead."""
 
-from apfl_jax.metrics import fairness, privacy, samples, verification
+from apfl_jax.metrics import fairness, privacy, samples, time, verification
 from apfl_jax.metrics.confusion import accuracy, confusion, recall, shared_answers
 from apfl_jax.metrics.fairness import summarise, unseen
 from apfl_jax.metrics.paired import Paired, paired
@@ -16,6 +16,7 @@ __all__ = [
   "samples",
   "shared_answers",
   "summarise",
+  "time",
   "unseen",
   "verification",
 ]

@@ -55,6 +55,11 @@ _CAPTIONS = {
     "partition gets more skewed (smaller alpha): the local tasks get easier. Compare methods on the same partition. "
     "The pooled test set holds all classes, and shows what a model knows beyond its client.",
   ),
+  "time": (
+    "In virtual time",
+    "Accuracy as the virtual clock runs, and how many versions of the server each upload that arrived was behind. Slow "
+    "clients hold up a synchronous round; on the asynchronous clock they hold up nobody, and what they send is stale.",
+  ),
   "clients": (
     "Client by client",
     "One bar a client: its personal model on its own test examples, best first; the black mark is the global model on "

@@ -234,6 +234,34 @@ def _curves(figure: Figure, run: Run) -> bool:
   return True
 
 
+def _time(figure: Figure, run: Run) -> bool:
+  """Accuracy over virtual time, and how stale uploads were."""
+  told = run.summary.get("time")
+  if not told:
+    return False
+  figure.set_size_inches(9, 3.6)
+  curve, bars = figure.subplots(1, 2, width_ratios=[3, 2])
+  for key, style, label in (
+    ("personal_accuracy", "-", "personal, own tests"),
+    ("pooled_accuracy", ":", "global, pooled"),
+  ):
+    points = [(line["virtual_seconds"], 100 * line[key]) for line in run.metrics if line.get(key) is not None]
+    if points:
+      marker = "" if len(points) > 25 else "D" if style == "-" else "o"
+      curve.plot(*zip(*points, strict=True), style, color=ALL, marker=marker, ms=5, mec="white", lw=1.8, label=label)
+  curve.set(title="Accuracy over virtual time", xlabel="virtual seconds", ylabel="accuracy (%)", ylim=(0, 102))
+  curve.set_xlim(0, 1.02 * told["virtual_seconds"])
+  curve.grid(axis="y")
+  if curve.lines:
+    curve.legend(loc="lower right", fontsize=9)
+  edges, counts = np.array(told["staleness"]["edges"]), np.array(told["staleness"]["counts"])
+  bars.bar(edges[:-1], counts, np.diff(edges), align="edge", color=PRESENT, edgecolor="white", lw=0.5)
+  bars.set(title="Staleness of uploads", xlabel="server versions since the download", ylabel="uploads")
+  bars.locator_params(axis="x", integer=True, nbins=6)
+  bars.grid(axis="y")
+  return True
+
+
 def _clients(figure: Figure, run: Run) -> bool:
   """A bar a client, dropped ones first, the global model's accuracy marked on each."""
   clients = run.clients
@@ -445,6 +473,7 @@ def _surface(figure: Figure, run: Run) -> bool:
 
 FIGURES: dict[str, Callable[[Figure, Run], bool]] = {
   "curves": _curves,
+  "time": _time,
   "clients": _clients,
   "partition": _partition,
   "presence": _presence,

@@ -1,14 +1,17 @@
 """How many clients run at once, and how a run goes on from round to round."""
 
+from apfl_jax.simulation import batches, schedule
 from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.client_map import client_map, default_mesh, executed_steps, resolve, spread
-from apfl_jax.simulation.cost import Cost, PerClient, Prices, cost, cost_per_client, prices
+from apfl_jax.simulation.cost import Cost, PerClient, Prices, cost, cost_per_client, prices, traffic
 from apfl_jax.simulation.memory import Plan, check, peak_resident_bytes, plan
 from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Scores, Simulator, simulator
 from apfl_jax.simulation.run import Record, Result, Stopwatch, peak_memory_bytes, run
+from apfl_jax.simulation.schedule import CLOCKS
 from apfl_jax.simulation.staging import PLACES, Snapshot, Staging
 
 __all__ = [
+  "CLOCKS",
   "PLACES",
   "Chunks",
   "Cost",
@@ -24,6 +27,7 @@ __all__ = [
   "Snapshot",
   "Staging",
   "Stopwatch",
+  "batches",
   "check",
   "client_map",
   "cost",
@@ -36,6 +40,8 @@ __all__ = [
   "prices",
   "resolve",
   "run",
+  "schedule",
   "simulator",
   "spread",
+  "traffic",
 ]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from apfl_jax import population, random
-from apfl_jax.types import Array, Process, PyTree
+from apfl_jax.types import Array, Availability, Process, PyTree
 
 
 def draw_cohort(
@@ -41,3 +41,12 @@ def draw_cohort(
   start = (jnp.int32(0), jnp.int32(0), jnp.zeros(cohort_size, jnp.int32))
   _, found, ids = jax.lax.while_loop(missing, search, start)
   return ids, jnp.arange(cohort_size) < found
+
+
+def along(
+  process: Process, state: PyTree, round: Array, seed: Array, population_size: Array | int, positions: Array
+) -> tuple[Array, Availability]:
+  """The clients int32 [...] at these positions of the order in which a round draws, and how they are there."""
+  bits = random.permutation_key(random.key(seed, random.Purpose.COHORT, round))
+  ids = random.permute(bits, positions, population_size)
+  return ids, population.look(process, state, round, ids, seed)

@@ -19,6 +19,7 @@ from apfl_jax.training.evaluation import BATCH
 from apfl_jax.types import Algorithm, Data, Process, PyTree, Received, Span, Visit
 
 _PRICED = 32  # client sizes that are priced; those between are interpolated
+_FOLLOWED = 1000  # aggregations, one after another
 
 
 class Prices(NamedTuple):
@@ -113,15 +114,9 @@ def prices(
     num_offsets: length of `Data.logit_offset`, C; 0 for None.
     cohort_size: K, uploads that the server gets in a round.
   """
-
-  # Under jit each is traced once, however often the ledger asks.
-  @jax.jit
-  def local_update(settings, *rest):
-    return build(settings)[0].local_update(*rest)
-
-  @jax.jit
-  def personalize(settings, *rest):
-    return build(settings)[0].personalize(*rest)
+  arguments, local_update, personalize, global_model = _on_a_client(build, inputs, server, wait, num_offsets)
+  settings, key = arguments(1, 1)[0], arguments(1, 1)[-1]
+  server, federation = _shapes(server), inputs.federation
 
   @jax.jit
   def aggregate(settings, *rest):
@@ -130,28 +125,6 @@ def prices(
   @jax.jit
   def answer(settings, model, images):
     return build(settings)[0].predict(model, images)
-
-  shapes = lambda tree: jax.eval_shape(lambda x: x, tree)
-  federation = inputs.federation
-  settings, store, server = shapes(inputs.settings), shapes(federation.store), shapes(server)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-
-  def around(settings, server, key):
-    algorithm, _ = build(settings)
-    download = algorithm.download(server)
-    own = download._replace(own=jax.tree.map(lambda x: x[0], download.own))
-    return own, algorithm.init_client(own, key), algorithm.global_model(server)
-
-  download, client, global_model = jax.eval_shape(around, settings, server, key)
-
-  def arguments(size: int, validation: int) -> tuple:
-    # Numbers are known to the ledger; traced and abstract values are not.
-    number: Any = np.int32
-    zero, whole = number(0), np.float32(1)
-    spans = Span(zero, number(size)), Span(zero, number(validation))
-    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=cast(Any, whole), wait=number(wait))
-    offset: Any = jax.ShapeDtypeStruct((num_offsets,), jnp.float32) if num_offsets else None
-    return settings, download, client, Data(store, *spans, offset), visit, key
 
   train, validation = np.asarray(federation.train.size), np.asarray(federation.validation.size)
   sizes, first = np.unique(train, return_index=True)
@@ -178,13 +151,15 @@ def prices(
     follow = ledger.follower(aggregate, inputs.settings, server, received, key)
     init = ledger.follower(lambda settings, key: build(settings)[0].init(key), inputs.settings, key)
     _, known = init(inputs.settings, key)
-    total = 0.0
-    for done in range(aggregations):
+    each: list[float] = []
+    while len(each) < min(aggregations, _FOLLOWED):
       operations, after = follow(inputs.settings, known, received, key)
+      each.append(operations)
       if _same(after, known):
-        return total + (aggregations - done) * operations
-      total, known = total + operations, after
-    return total
+        return sum(each) + (aggregations - len(each)) * operations
+      known = after
+    # The rest cost what the later half of these did: by then warm-ups are over.
+    return sum(each) + (aggregations - len(each)) * float(np.mean(each[len(each) // 2 :] or 0.0))
 
   images = jax.ShapeDtypeStruct((BATCH, *federation.store.images.shape[1:]), jnp.float32)
   score = lambda model: 0.0 if model is None else ledger.flops(answer, settings, model, images)
@@ -202,6 +177,56 @@ def prices(
   )
 
 
+def traffic(
+  build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, server: PyTree, num_offsets: int = 0
+) -> tuple[int, int]:
+  """Bytes of a visit: what local training reads of the download, and what is uploaded; arguments as of `prices`."""
+  arguments, local_update, _, _ = _on_a_client(build, inputs, server, 0, num_offsets)
+  _, upload = jax.eval_shape(local_update, *arguments(1, 1))
+  return ledger.bytes_read(local_update, *arguments(1, 1), argnum=1), ledger.nbytes(upload)
+
+
+def _on_a_client(
+  build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, server: PyTree, wait: int, num_offsets: int
+) -> tuple[Callable[[int, int], tuple], Callable, Callable, PyTree]:
+  """((train size, validation size) -> arguments, local_update and personalize of these, shapes of the global model)."""
+
+  # Under jit each is traced once, however often the ledger asks.
+  @jax.jit
+  def local_update(settings, *rest):
+    return build(settings)[0].local_update(*rest)
+
+  @jax.jit
+  def personalize(settings, *rest):
+    return build(settings)[0].personalize(*rest)
+
+  settings, store = _shapes(inputs.settings), _shapes(inputs.federation.store)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+
+  def around(settings, server, key):
+    algorithm, _ = build(settings)
+    download = algorithm.download(server)
+    own = download._replace(own=jax.tree.map(lambda x: x[0], download.own))
+    return own, algorithm.init_client(own, key), algorithm.global_model(server)
+
+  download, client, global_model = jax.eval_shape(around, settings, _shapes(server), key)
+
+  def arguments(size: int, validation: int) -> tuple:
+    # Numbers are known to the ledger; traced and abstract values are not.
+    number: Any = np.int32
+    zero, whole = number(0), np.float32(1)
+    spans = Span(zero, number(size)), Span(zero, number(validation))
+    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=cast(Any, whole), wait=number(wait))
+    offset: Any = jax.ShapeDtypeStruct((num_offsets,), jnp.float32) if num_offsets else None
+    return settings, download, client, Data(store, *spans, offset), visit, key
+
+  return arguments, local_update, personalize, global_model
+
+
+def _shapes(tree: PyTree) -> PyTree:
+  return jax.eval_shape(lambda x: x, tree)
+
+
 def _same(a: PyTree, b: PyTree) -> bool:
   """Whether the same is known of both."""
   unknown = lambda x: isinstance(x, jax.ShapeDtypeStruct)
@@ -209,7 +234,7 @@ def _same(a: PyTree, b: PyTree) -> bool:
   return all(unknown(x) and unknown(y) or not unknown(x) and not unknown(y) and np.array_equal(x, y) for x, y in pairs)
 
 
-def cost(prices: Prices, result: Result, inputs: Inputs, *, generates: bool) -> Cost:
+def cost(prices: Prices, result: Result, inputs: Inputs, *, generates: bool, one_by_one: bool) -> Cost:
   """What a run cost in all.
 
   Args:
@@ -217,8 +242,10 @@ def cost(prices: Prices, result: Result, inputs: Inputs, *, generates: bool) -> 
     result: the run's.
     inputs: the run's.
     generates: whether the server trains a generator.
+    one_by_one: whether each upload was aggregated by itself, and not with those of its round.
   """
-  server = prices.server(sum(arrived > 0 for arrived in result.record.arrived))
+  arrived = result.record.arrived
+  server = prices.server(sum(arrived) if one_by_one else sum(uploads > 0 for uploads in arrived))
   each = cost_per_client(prices, result)
   batches = lambda size: (np.asarray(size) + BATCH - 1) // BATCH
   tests, pooled = int(batches(inputs.federation.test.size)[result.rows].sum()), int(batches(inputs.pooled.size))

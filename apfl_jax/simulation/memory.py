@@ -89,7 +89,7 @@ def plan(staging: Staging, rounds: int, keeping: bool = False) -> tuple[Plan, An
   federation: Any = inputs.federation
   before = _resident()
   simulator = staging.simulator
-  compiled = simulator.advance.lower(*map(simulator.shaped, (state, inputs, np.int32(0)))).compile()
+  compiled = simulator.advance.lower(*map(simulator.shaped, (state, inputs, simulator.work))).compile()
   held = _resident()
   analysis = compiled.memory_analysis()
   moved = 0 if staging.resident else _bytes((state.clients, state.times, federation._replace(store=())))

@@ -10,8 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from apfl_jax import population, random, training
+from apfl_jax.errors import InputError
 from apfl_jax.random import Purpose
 from apfl_jax.settings import Limits, checked
+from apfl_jax.simulation.batches import Batches, Cohort, Layout, blank_batches
 from apfl_jax.simulation.client_map import client_map, lanes_of, resolve
 from apfl_jax.simulation.cohort import draw_cohort
 from apfl_jax.types import (
@@ -91,7 +93,9 @@ class Simulator(NamedTuple):
 
   Attributes:
     init: (inputs) -> State.
-    advance: (state, inputs, int32 [] rounds <= chunk) -> (State, RoundMetrics [chunk, ...]); the state is donated.
+    advance: (state, inputs, work) -> (State, RoundMetrics [chunk, ...]); the state is donated. The work is a number of
+      rounds int32 [] <= chunk; on a virtual clock it is `Batches`, and metrics are those of its batches, [D, ...].
+    work: of the shapes that `advance` takes.
     schedule: (presence, seed, settings, round, rounds <= chunk) -> (presence, ids int32 [chunk, K], ok [chunk, K]), the
       cohorts of the coming rounds; `presence` is the state of the population process before and after them.
     score_global: (state, inputs, rows [R], ok [R]) -> Scores of the global model, `pooled` left at zeros.
@@ -105,7 +109,7 @@ class Simulator(NamedTuple):
     mesh: see `client_map`.
     block: clients scored a dispatch.
     chunk: rounds a dispatch, at most.
-    cohort_size: K.
+    cohort_size: K; on a virtual clock the most clients that a round computes.
     population_size: N.
     num_classes: C.
     softmax_mask: one of `training.SOFTMAX_MASKS`.
@@ -114,6 +118,7 @@ class Simulator(NamedTuple):
 
   init: Callable[[Inputs], State]
   advance: Any  # a jitted function: the memory plan lowers it
+  work: Any
   schedule: Callable[[PyTree, Array, PyTree, Array, Array], tuple[PyTree, Array, Array]]
   score_global: Callable[[State, Inputs, Array, Array], Scores]
   score_pooled: Callable[[State, Inputs, Array], Array]
@@ -140,6 +145,7 @@ def simulator(
   cohort_size: int,
   chunk: int = 10,
   versions: int = 1,
+  layout: Layout | None = None,
   softmax_mask: str = "none",
   readout: str = "plain",
   how: str = "auto",
@@ -154,7 +160,9 @@ def simulator(
     population_size: N, ids run from 0 to N - 1.
     cohort_size: K, clients computed a round.
     chunk: rounds a dispatch, at most.
-    versions: H, server versions kept; a client whose delay is not smaller does not arrive.
+    versions: H, server versions kept; a client whose delay is not smaller does not arrive. A virtual clock's layout
+      says how many it needs.
+    layout: of the batches of a virtual clock, see `schedule`; None for rounds.
     softmax_mask: classes of the softmax in losses on a client's real data: 'none' all; 'present' its own and those that
       clients of the round's cohort hold, or, when it is personalised, all clients that are there; 'own' its own.
     readout: 'plain', or 'prior': these losses add the client's log label prior to the logits, and so do answers for its
@@ -167,6 +175,9 @@ def simulator(
   """
   checked("softmax_mask", softmax_mask, str, Limits(choices=training.SOFTMAX_MASKS))
   checked("readout", readout, str, Limits(choices=training.READOUTS))
+  alone = layout is not None and layout.alone
+  if layout and softmax_mask == "present":
+    raise InputError("softmax_mask: got 'present' on a virtual clock, accepted are none and own")
   over_clients = partial(client_map, how=how, mesh=mesh)
   kind, width = resolve(how)
   everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
@@ -210,99 +221,206 @@ def simulator(
     rows = inputs.federation.id.shape[0]
     # What a row holds before its client's first visit means nothing: only its shape is asked for.
     client = jax.eval_shape(algorithm.init_client, _own(download, 0), jax.random.key(0))
+    blank = lambda tree, count: jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), tree)
+    like = jax.eval_shape(lambda x: x, download)
+    if layout is not None and alone:
+      history: PyTree = Download(
+        # The first version is in the first slot; after the last is one that nobody reads.
+        jax.tree.map(lambda h, x: h.at[0].set(x), blank(like.shared, layout.versions + 1), download.shared),
+        blank(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), like.own), layout.seats),
+      )
+    else:
+      history = blank(like.shared, versions)
     return State(
       round=jnp.int32(0),
       server=server,
-      clients=jax.tree.map(lambda s: jnp.zeros((rows, *s.shape), s.dtype), client),
+      clients=blank(client, rows),
       times=jnp.zeros(rows, jnp.int32),
       population=population.start(process, inputs.seed),
-      history=jax.tree.map(lambda x: jnp.zeros((versions, *jnp.shape(x)), jnp.result_type(x)), download.shared),
+      history=history,
     )
 
+  # All that a client's function reads comes through its arguments: what it would close over is not on every device.
+  def client(shared, item):
+    """One visit -> (weight * update, weight, client, kept, arrived); the first two and `kept` 0 if nothing arrived."""
+    inputs, history, present = shared
+    algorithm, _ = build(inputs.settings)
+    slot, own, row, visit, client, arrives = item
+    download = Download(jax.tree.map(lambda h: h[slot], history), own)
+    new = algorithm.init_client(download, random.key(inputs.seed, Purpose.CLIENT, visit.id))
+    client = jax.tree.map(lambda a, b: jnp.where(visit.times == 0, a, b), new, client)
+    key = random.key(inputs.seed, Purpose.LOCAL_UPDATE, visit.round, visit.id)
+    data = data_of(inputs.federation, row, present)
+    client, upload = algorithm.local_update(download, client, data, visit, key)
+    arrived = arrives & _finite((upload.update, upload.weight, upload.kept))
+    weight = jnp.where(arrived, upload.weight, 0.0)
+    total = jax.tree.map(lambda u: jnp.where(arrived, weight * u, jnp.zeros_like(u)), upload.update)
+    kept = jax.tree.map(lambda k: jnp.where(arrived, k, jnp.zeros_like(k)), upload.kept)
+    return total, weight, client, kept, arrived
+
+  def summed(shared, item):
+    total, weight, *each = client(shared, item)
+    return (total, weight), each
+
+  def compute(
+    state: State, inputs: Inputs, row_of: Array, cohort: Cohort, history: PyTree, own: PyTree
+  ) -> tuple[State, tuple, Cohort, Array]:
+    """Runs a cohort's clients; `history` and `own` are what they downloaded from.
+
+    Returns:
+      (the state with their rows written; (total, weight, kept, arrived), of which the first two are sums over the
+      cohort, or [K, ...] where each upload is aggregated by itself; the cohort in the order of these results; int32
+      [K], where in it those stand that were first, second and so on)
+    """
+    federation = inputs.federation
+    row = row_of[cohort.ids]
+    # Clients of like work lie together, so that a chunk under vmap waits for few, and none is left for long alone.
+    by_work = jnp.argsort(jnp.where(cohort.ok, -federation.train.size[row] * cohort.work, jnp.inf))
+    cohort, row = jax.tree.map(lambda x: x[by_work], (cohort, row))
+    ids, ok = cohort.ids, cohort.ok
+    visit = Visit(
+      id=ids,
+      round=cohort.round,
+      times=state.times[row],
+      staleness=cohort.staleness,
+      work=cohort.work,
+      wait=cohort.wait,
+    )
+    mine = jax.tree.map(lambda x: x[row], state.clients)
+    items = (cohort.slot, jax.tree.map(lambda x: x[cohort.own], own), row, visit, mine, cohort.arrives)
+    shared = inputs, history, classes_held(federation, row, ok)
+    if alone:
+      _, (total, weight, mine, kept, arrived) = over_clients(lambda s, i: ((), client(s, i)))(shared, items, ok)
+    else:
+      (total, weight), (mine, kept, arrived) = over_clients(summed)(shared, items, ok)
+    place = jnp.where(ok, row, federation.id.shape[0])  # out of range: not written
+    state = state._replace(
+      clients=jax.tree.map(lambda all, x: all.at[place].set(x, mode="drop"), state.clients, mine),
+      times=state.times.at[place].add(1, mode="drop"),
+    )
+    return state, (total, weight, kept, arrived), cohort, jnp.argsort(by_work)
+
+  def aggregated(algorithm: Algorithm, server: PyTree, received: Received, seed: Array, number: Array) -> PyTree:
+    return jax.lax.cond(
+      jnp.any(received.arrived) & (received.weight > 0),
+      algorithm.aggregate,
+      lambda server, received, key: server,
+      server,
+      received,
+      random.key(seed, Purpose.AGGREGATE, number),
+    )
+
+  def together(state: State, inputs: Inputs, row_of: Array, cohort: Cohort) -> tuple[State, RoundMetrics]:
+    """A cohort whose uploads are aggregated as one group; then the round is over."""
+    algorithm, _ = build(inputs.settings)
+    now, download = state.round, algorithm.download(state.server)
+    history = jax.tree.map(lambda h, x: h.at[now % versions].set(x), state.history, download.shared)
+    state, results, cohort, drawn = compute(state, inputs, row_of, cohort, history, download.own)
+    total, weight, kept, arrived = results
+    # In the order in which the cohort was drawn: what a server does one after another must not begin with the largest.
+    in_order = jax.tree.map(lambda x: x[drawn], (kept, cohort.ids, arrived, cohort.staleness))
+    server = aggregated(algorithm, state.server, Received(total, weight, *in_order), inputs.seed, now)
+    status = (cohort.ok.astype(jnp.uint8) + arrived).astype(jnp.uint8)
+    metrics = RoundMetrics(jnp.sum(cohort.ok), jnp.sum(arrived), cohort.ids, status)
+    return state._replace(round=now + 1, server=server, history=history), metrics
+
+  def one_by_one(
+    state: State, inputs: Inputs, row_of: Array, done: Array, work: Batches, batch: Array
+  ) -> tuple[State, Array, RoundMetrics]:
+    """A batch whose uploads are aggregated one after another; `done` of the call's starts have begun."""
+    algorithm, _ = build(inputs.settings)
+    cohort, written, upto = jax.tree.map(lambda x: x[batch], (work.cohort, work.written, work.upto))
+    count, history = jnp.sum(cohort.ok), state.history
+    state, results, cohort, place = compute(state, inputs, row_of, cohort, history.shared, history.own)
+
+    def arrival(i, carry):
+      server, history, done = carry
+      total, weight, kept, arrived = results
+      one = lambda tree: jax.tree.map(lambda x: x[place[i]][None], tree)
+      received = Received(
+        total=jax.tree.map(lambda x: x[place[i]], total),
+        weight=weight[place[i]],
+        kept=one(kept),
+        ids=one(cohort.ids),
+        arrived=one(arrived),
+        staleness=one(cohort.staleness),
+      )
+      server = aggregated(algorithm, server, received, inputs.seed, work.first[batch] + i)
+      download = algorithm.download(server)
+      write = lambda h, x: jax.lax.dynamic_update_index_in_dim(h, x.astype(h.dtype), written[i], 0)
+      history = history._replace(shared=jax.tree.map(write, history.shared, download.shared))
+      history, done = seated(history, download, work, done, upto[i])
+      return server, history, done
+
+    server, history, done = jax.lax.fori_loop(0, count, arrival, (state.server, history, done))
+    arrived = results[-1]
+    status = (cohort.ok.astype(jnp.uint8) + arrived).astype(jnp.uint8)[place]
+    metrics = RoundMetrics(count, jnp.sum(arrived), cohort.ids[place], status)
+    state = state._replace(round=state.round + work.ends[batch], server=server, history=history)
+    return state, done, metrics
+
+  def seated(history: Download, download: Download, work: Batches, done: Array, until: Array) -> tuple[Download, Array]:
+    """The rows of `Download.own` of the clients that now begin go to their seats."""
+    if not jax.tree.leaves(history.own):
+      return history, until
+
+    def sit(i, own):
+      write = lambda h, x: jax.lax.dynamic_update_index_in_dim(h, x[work.starts[i]], work.seats[i], 0)
+      return jax.tree.map(write, own, download.own)
+
+    return history._replace(own=jax.lax.fori_loop(done, until, sit, history.own)), until
+
   def round_step(state: State, inputs: Inputs, row_of: Array) -> tuple[State, RoundMetrics]:
-    algorithm, process = build(inputs.settings)
-    federation, seed, now = inputs.federation, inputs.seed, state.round
+    _, process = build(inputs.settings)
+    seed, now = inputs.seed, state.round
     presence = population.step(process, state.population, now, seed)
     ids, ok = draw_cohort(process, presence, now, seed, population_size, cohort_size)
     there = population.look(process, presence, now, ids, seed)
-
-    row = row_of[ids]
-    # Clients of like work lie together, so that a chunk under vmap waits for few, and none is left for long alone.
-    by_work = jnp.argsort(jnp.where(ok, -federation.train.size[row] * there.work, jnp.inf))
-    ids, ok, row, there = jax.tree.map(lambda x: x[by_work], (ids, ok, row, there))
-
-    download = algorithm.download(state.server)
-    history = jax.tree.map(lambda h, x: h.at[now % versions].set(x), state.history, download.shared)
     delay = jnp.minimum(there.delay, now)
-    fresh_enough = delay < versions
-
-    # All that a client's function reads comes through `shared`: what it would close over is not on every device.
-    def client(shared, item):
-      inputs, history, present = shared
-      algorithm, _ = build(inputs.settings)
-      slot, own, row, visit, client, arrives = item
-      download = Download(jax.tree.map(lambda h: h[slot], history), own)
-      new = algorithm.init_client(download, random.key(inputs.seed, Purpose.CLIENT, visit.id))
-      client = jax.tree.map(lambda a, b: jnp.where(visit.times == 0, a, b), new, client)
-      key = random.key(inputs.seed, Purpose.LOCAL_UPDATE, visit.round, visit.id)
-      data = data_of(inputs.federation, row, present)
-      client, upload = algorithm.local_update(download, client, data, visit, key)
-      arrived = arrives & _finite((upload.update, upload.weight, upload.kept))
-      weight = jnp.where(arrived, upload.weight, 0.0)
-      total = jax.tree.map(lambda u: jnp.where(arrived, weight * u, jnp.zeros_like(u)), upload.update)
-      kept = jax.tree.map(lambda k: jnp.where(arrived, k, jnp.zeros_like(k)), upload.kept)
-      return (total, weight), (client, kept, arrived)
-
-    visit = Visit(
-      id=ids,
+    cohort = Cohort(
+      ids=ids,
+      ok=ok,
       round=jnp.broadcast_to(now, ids.shape),
-      times=state.times[row],
       staleness=delay,
       work=there.work,
       wait=there.wait,
+      arrives=there.arrives & (delay < versions),
+      slot=(now - delay) % versions,
+      own=ids,
     )
-    mine = jax.tree.map(lambda x: x[row], state.clients)
-    own = jax.tree.map(lambda x: x[ids], download.own)
-    items = ((now - delay) % versions, own, row, visit, mine, there.arrives & fresh_enough)
-    shared = inputs, history, classes_held(federation, row, ok)
-    (total, weight), (mine, kept, arrived) = over_clients(client)(shared, items, ok)
-
-    # In the order in which the cohort was drawn: what a server does one after another must not begin with the largest.
-    drawn = jnp.argsort(by_work)
-    received = Received(total, weight, *jax.tree.map(lambda x: x[drawn], (kept, ids, arrived, delay)))
-    server = jax.lax.cond(
-      jnp.any(arrived) & (weight > 0),
-      algorithm.aggregate,
-      lambda server, received, key: server,
-      state.server,
-      received,
-      random.key(seed, Purpose.AGGREGATE, now),
-    )
-    place = jnp.where(ok, row, federation.id.shape[0])  # out of range: not written
-    state = State(
-      round=now + 1,
-      server=server,
-      clients=jax.tree.map(lambda all, x: all.at[place].set(x, mode="drop"), state.clients, mine),
-      times=state.times.at[place].add(1, mode="drop"),
-      population=presence,
-      history=history,
-    )
-    status = ok.astype(jnp.uint8) + arrived
-    return state, RoundMetrics(jnp.sum(ok), jnp.sum(arrived), ids, status.astype(jnp.uint8))
+    return together(state._replace(population=presence), inputs, row_of, cohort)
 
   @partial(compiled, donate_argnums=0)
-  def advance(state: State, inputs: Inputs, rounds: Array) -> tuple[State, RoundMetrics]:
+  def advance(state: State, inputs: Inputs, work: Any) -> tuple[State, RoundMetrics]:
     ids = inputs.federation.id
     row_of = jnp.zeros(population_size, jnp.int32).at[ids].set(jnp.arange(ids.shape[0], dtype=jnp.int32))
-    shape = jax.eval_shape(round_step, state, inputs, row_of)[1]
-    record = jax.tree.map(lambda s: jnp.zeros((chunk, *s.shape), s.dtype), shape)
+
+    def step(i: Array, state: State, done: Array) -> tuple[State, Array, RoundMetrics]:
+      if alone:
+        return one_by_one(state, inputs, row_of, done, work, i)
+      if layout:
+        state, metrics = together(state, inputs, row_of, jax.tree.map(lambda x: x[i], work.cohort))
+      else:
+        state, metrics = round_step(state, inputs, row_of)
+      return state, done, metrics
+
+    done = jnp.int32(0)
+    if alone:
+      algorithm, _ = build(inputs.settings)
+      history, done = seated(state.history, algorithm.download(state.server), work, done, work.before)
+      state = state._replace(history=history)
+    steps = layout.batches if layout else chunk
+    shape = jax.eval_shape(step, jnp.int32(0), state, done)[2]
+    record = jax.tree.map(lambda s: jnp.zeros((steps, *s.shape), s.dtype), shape)
 
     def body(i, carry):
-      state, record = carry
-      state, metrics = round_step(state, inputs, row_of)
-      return state, jax.tree.map(lambda all, x: all.at[i].set(x), record, metrics)
+      state, done, record = carry
+      state, done, metrics = step(i, state, done)
+      return state, done, jax.tree.map(lambda all, x: all.at[i].set(x), record, metrics)
 
-    return jax.lax.fori_loop(0, rounds, body, (state, record))
+    count = work.count if layout else work
+    state, _, record = jax.lax.fori_loop(0, count, body, (state, done, record))
+    return state, record
 
   @compiled
   def schedule(
@@ -407,6 +525,7 @@ def simulator(
   return Simulator(
     init=compiled(init),
     advance=advance,
+    work=blank_batches(layout) if layout else np.int32(0),
     schedule=schedule,
     score_global=score_global,
     score_pooled=score_pooled,

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from apfl_jax import data, metrics
 from apfl_jax.simulation import memory
+from apfl_jax.simulation.batches import Plan
 from apfl_jax.simulation.checkpoints import Checkpoints
 from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.rounds import Inputs, Scores, Simulator
@@ -83,6 +84,8 @@ def run(
   data_on: str = "device",
   client_state: str = "device",
   memory_limit: int = 0,
+  clock: Plan | None = None,
+  traffic: tuple[int, int] = (0, 0),
   on_start: Callable[[], object] = lambda: None,
   on_record: Callable[[Record], None] = lambda record: None,
   progress: bool = True,
@@ -102,6 +105,8 @@ def run(
     data_on: where examples live, see `Staging`.
     client_state: where the methods' client rows live.
     memory_limit: bytes that the host and each device may take; 0 for what there is.
+    clock: the plan of the virtual clock for which the simulator was made; None for rounds.
+    traffic: bytes of a visit's download and upload, see `cost.traffic`.
     on_start: called once the memory plan is accepted and before anything is written.
     on_record: called with the record whenever it has grown, and once at the start of a resumed run.
     progress: whether to show a bar.
@@ -155,7 +160,10 @@ def run(
       make = partial(simulator.score_personal, classes=classes_present(state, at))
       own = score(make, name="personalising")
     pooled = np.full((), np.nan) if shared is None else metrics.accuracy(pooled_confusion(state, everything))
-    record.metrics.append(_line(record, at, dropped[rows], shared, own, float(pooled)))
+    line = _line(record, at, dropped[rows], shared, own, float(pooled))
+    moved = sum(record.present) * sum(traffic) if clock is None else clock.schedule.traffic(*traffic)[at - 1]
+    seconds = None if clock is None else float(clock.schedule.seconds[at - 1])
+    record.metrics.append(line | {"virtual_seconds": seconds, "bytes": float(moved)})
     return dropped, shared, own
 
   def classes_present(state: State, at: int) -> Any:
@@ -179,7 +187,7 @@ def run(
     return min([simulator.chunk, rounds - start, *(c - start % c for c in cadences)])
 
   everything = np.ones(simulator.num_classes, bool)
-  chunks = Chunks(simulator, staging, state, inputs, advance)
+  chunks = Chunks(simulator, staging, state, inputs, advance, clock)
 
   with tqdm(
     total=rounds, initial=done, desc="rounds", unit="round", disable=not chatty, mininterval=_interval()

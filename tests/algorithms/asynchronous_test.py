@@ -6,6 +6,7 @@ import pytest
 
 from apfl_jax import random, simulation
 from apfl_jax.algorithms import fedasync, fedavg, fedbuff, fedprox, staleness
+from apfl_jax.types import Params
 from tests import linear, tasks
 
 # Clients, whose upload is lost, how stale each is.
@@ -34,8 +35,8 @@ def test_fedbuff_steps_when_its_buffer_is_full(size, momentum):
   def each(w, arrived):
     nonlocal buffer, velocity
     start, steps = w, 0
-    for id, tau in arrived.items():
-      buffer.append(((1 + tau + steps) ** -exponent, linear.plus(linear.descend(id, start), (-1, start))))
+    for id in arrived:
+      buffer.append(((1 + steps) ** -exponent, linear.plus(linear.descend(id, start), (-1, start))))
       if len(buffer) == size:
         mean = linear.plus(linear.nothing(), *((s / size, d) for s, d in buffer))
         velocity = linear.plus(linear.nothing(), (momentum, velocity), (1, mean))
@@ -46,6 +47,22 @@ def test_fedbuff_steps_when_its_buffer_is_full(size, momentum):
   rounds = _rounds(fedbuff(linear.task(), buffer_size=size, **settings), each)
   assert rounds.server.held == len(buffer)
   linear.close(rounds.server.buffer, linear.plus(linear.nothing(), *buffer))
+
+
+def test_fedbuff_counts_its_own_steps_since_the_download():
+  """Whatever else the simulation calls a version."""
+  algorithm = fedbuff(linear.task(), buffer_size=2, staleness_exponent=1.0)
+  rounds = linear.Rounds(algorithm)
+  old = algorithm.download(rounds.server)
+  for ids in ((0, 1, 2, 3), (1, 2)):
+    rounds.advance(ids)
+  before = rounds.params
+  algorithm = algorithm._replace(download=lambda server: old)
+  rounds.algorithm = algorithm
+  rounds.advance((0, 3), staleness=(0, 7))
+  start = linear.start()
+  moved = [(1 / (1 + 3) / 2, linear.plus(linear.descend(id, start), (-1, start))) for id in (0, 3)]
+  linear.close(rounds.params, linear.plus(Params(*map(np.float64, before)), *moved))
 
 
 def test_fedbuff_of_a_cohort_is_uniform_fedavg():

@@ -35,7 +35,7 @@ def images(rng, classes, count, noise):
   return (255 * np.clip(noisy, 0, 1)).astype(np.uint8)[..., None]
 
 
-def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generator=True, evaluated=True):
+def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generator=True, evaluated=True, timed=True):
   """Writes a run directory; `evaluated=False` leaves null for every accuracy, as a run without evaluation does."""
   path.mkdir(parents=True)
   rng = np.random.default_rng(0)
@@ -55,7 +55,13 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
   with (path / "metrics.jsonl").open("w") as file:
     for step in range(2, rounds + 1, 2):
       gain = 1 - np.exp(-step / 10)
-      line = {"round": step, "present": 8, "arrived": 7, "pooled_accuracy": number(0.6 * gain)}
+      line = {
+        "round": step,
+        "virtual_seconds": 30.0 * step,
+        "present": 8,
+        "arrived": 7,
+        "pooled_accuracy": number(0.6 * gain),
+      }
       line["personal_pooled_accuracy"] = number(0.57 * gain) if step % 10 == 0 else None
       for group, fall, own in zip(GROUPS, (0.1, 0.25, 0), (0.92, 0.93, 0.9), strict=True):
         line[f"global_accuracy{group}"] = number((0.8 - 2 * fall) * gain)
@@ -139,6 +145,9 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
       "trust": {"each": trust.tolist(), "correlation": 0.31, "error": 0.2},
     }
     summary["privacy"] = {"examples": 100, "closer": 0.512, "distance_auc": 0.52, "loss_auc": None}
+  if timed:
+    staleness = {"edges": [0, 1, 2, 3], "counts": [90, 40, 3]}
+    summary["time"] = {"virtual_seconds": 30.0 * rounds, "idle_share": 0.1, "staleness": staleness}
   (path / "summary.json").write_text(json.dumps(summary))
   followed = np.sort(rng.permutation(clients)[:200])
   took_part = (rng.random((rounds, followed.size)) < 0.8) & ~dropped[followed]
@@ -176,7 +185,7 @@ def ap_fl(tmp_path):
 @pytest.fixture
 def fedavg(tmp_path):
   """No generator, so no samples."""
-  return write(tmp_path / "fedavg", algorithm="fedavg", generator=False)
+  return write(tmp_path / "fedavg", algorithm="fedavg", generator=False, timed=False)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_page_holds_the_pictures_beside_it(ap_fl):
   inside = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.images.values()}
   assert inside == {file.read_bytes() for file in ap_fl.glob("*.png")}
   assert {file.name for file in ap_fl.glob("*.png")} == {
-    f"{name}.png" for name in ("curves", "clients", "partition", "presence", "samples", "trust", "confusion", "surface")
+    f"{name}.png" for name in ("curves", "time", "clients", "partition", "presence", "samples", "trust", "confusion", "surface")
   }
 
 
@@ -116,7 +116,7 @@ def test_names_are_escaped(ap_fl):
   (ap_fl / "flags.txt").write_text("--note=</pre><script>\n")
   page = Page(report.write(ap_fl))
   assert not {"script", "b", "i"} & set(page.tags)
-  assert page.tags.count("img") == len(page.images) == 8
+  assert page.tags.count("img") == len(page.images) == 9
   assert "<script>alert(1)</script>" in page.text and "--note=</pre><script>" in page.text
 
 

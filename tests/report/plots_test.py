@@ -30,7 +30,7 @@ def hexadecimal(color):
   ("kind", "missing"),
   [
     ("ap_fl", set()),
-    ("fedavg", {"samples", "trust", "surface"}),
+    ("fedavg", {"samples", "time", "trust", "surface"}),
     ("unevaluated", {"curves", "clients", "samples", "trust", "confusion", "surface"}),
   ],
 )

@@ -55,7 +55,7 @@ def test_totals_by_hand(name, generates):
   result, times = _result(rows, scored, name)
   inputs, prices = tasks.inputs(name), priced(name)
   server = prices.server(2)  # in the second of three rounds nothing arrived
-  got = simulation.cost(prices, result, inputs, generates=generates)
+  got = simulation.cost(prices, result, inputs, generates=generates, one_by_one=False)
   local, personal = (prices.local_update * times).sum(), prices.personalize[rows].sum()
   assert got.local_flops == pytest.approx(local) and got.personalize_flops == pytest.approx(personal)
   assert (got.generator_flops, got.server_flops) == ((server, None) if generates else (None, server or None))
@@ -68,6 +68,8 @@ def test_totals_by_hand(name, generates):
   assert got.bytes_up == prices.upload * 5
   assert got.bytes_down == prices.read_locally * 5 + prices.read_personally * 3
   assert got.break_even_rounds == pytest.approx(prices.read_personally / (prices.upload + prices.read_locally))
+  one_by_one = simulation.cost(prices, result, inputs, generates=generates, one_by_one=True)
+  assert (one_by_one.generator_flops or one_by_one.server_flops or 0) == prices.server(5)
   each = simulation.cost_per_client(prices, result)
   np.testing.assert_allclose(each.local_flops, prices.local_update * times)
   assert sum(x.sum() for x in each) == pytest.approx(local + personal + got.bytes_up + got.bytes_down)

@@ -58,10 +58,44 @@ ROUND = """
 """
 
 
-def _start(method: str, folder: Path, counts: str, devices: int, process: str = "", port: int = 0) -> subprocess.Popen:
+# Thirty uploads one by one, of clients of which each reads its own version of the server; and who came when.
+CLOCK = """
+  import sys
+
+  import jax
+  import numpy as np
+  from jax.sharding import Mesh
+
+  from apfl_jax import population, simulation
+  from apfl_jax.simulation import batches, schedule
+  from tests import tasks
+
+  folder = sys.argv[2]
+  inputs = jax.tree.map(np.asarray, tasks.inputs("fedasync"))
+  settings = schedule.Settings("asynchronous", 3, 10, concurrency=5, jitter=0.8)
+  process = lambda traced: population.chain(population.markov(0.3, 4.0), population.speeds("pareto", traced))
+  for count in (1, 2, 8):
+    mesh = Mesh(np.array(jax.devices()[:count]), ("clients",)) if count > 1 else None
+    made = schedule.make(process, np.float32(1.0), inputs.seed, settings, np.ones(6))
+    plan = batches.plan(made)
+    build = lambda s: tasks.build("fedasync", 6, s, mesh)
+    simulator = simulation.simulator(build, inputs, tasks.NUM_CLASSES, population_size=6, cohort_size=plan.per_round,
+                                     chunk=3, layout=plan.layout, how="sequential", mesh=mesh)
+    staging = simulation.Staging(simulator, inputs)
+    chunks = simulation.Chunks(simulator, staging, *staging.begin(), plan=plan)
+    chunks.run(3, 0)
+    columns = [x for x in made if isinstance(x, np.ndarray)]
+    np.savez(f"{folder}/schedule-{count}.npz", *columns)
+    np.savez(f"{folder}/server-{count}.npz", *jax.tree.leaves(jax.tree.map(np.asarray, chunks.state.server)))
+"""
+
+
+def _start(
+  method: str, folder: Path, counts: str, devices: int, process: str = "", port: int = 0, text: str = ROUND
+) -> subprocess.Popen:
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
   environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-  words = [sys.executable, "-c", textwrap.dedent(ROUND), method, str(folder), counts, process, str(port)]
+  words = [sys.executable, "-c", textwrap.dedent(text), method, str(folder), counts, process, str(port)]
   return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -88,3 +122,14 @@ def test_devices_and_processes_give_the_same(tmp_path, method, counts):
   for other in (*(f"one-{n}" for n in counts.split(",")[1:]), "0-2", "1-2"):
     for a, b in zip(_arrays(tmp_path / f"{other}.npz"), one, strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=other)
+
+
+def test_the_clock_on_any_number_of_devices(tmp_path):
+  process = _start("fedasync", tmp_path, "", 8, text=CLOCK)
+  output, _ = process.communicate(timeout=600)
+  assert process.returncode == 0, output
+  for count in (2, 8):
+    for a, b in zip(_arrays(tmp_path / f"schedule-{count}.npz"), _arrays(tmp_path / "schedule-1.npz"), strict=True):
+      np.testing.assert_array_equal(a, b)
+    for a, b in zip(_arrays(tmp_path / f"server-{count}.npz"), _arrays(tmp_path / "server-1.npz"), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=str(count))

@@ -82,6 +82,10 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   def seen(server: Server) -> Array:
     return server.counts >= settings.n_min
 
+  def rounds_of(server: Server) -> Array:
+    """int32 []: rounds' worth of aggregations so far."""
+    return server.rounds // task.aggregations
+
   # --- rounds ---------------------------------------------------------------------------------------------------------
 
   def init(key):
@@ -167,7 +171,10 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     if remembers:
       server = remember(server, jnp.any(counts > 0, axis=0))
     if source.learns and settings.steps:
-      due = last if settings.schedule == "final" else server.rounds > warmup
+      # Uploads that are aggregated one by one train it once in as many of them as make a round, or in the first of the
+      # last round.
+      each = (rounds_of(server) > warmup) & (server.rounds % task.aggregations == 0)
+      due = last & (server.source.rounds == 0) if settings.schedule == "final" else each
       server = jax.lax.cond(due, work, lambda server, key: server, server, key)
     elif not source.learns:
       server = renew(server, key)
@@ -181,12 +188,12 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   def asked(server: Server) -> Array:
     """bool []: whether the generator is asked for unseen classes."""
     # A free head's logits of unseen classes were never trained: asking it for them would be asking for noise.
-    return (server.rounds > settings.unseen_warmup * task.rounds) & (model.semantics is not None)
+    return (rounds_of(server) > settings.unseen_warmup * task.rounds) & (model.semantics is not None)
 
   def work(server: Server, key: Key) -> Server:
     """A round's training, whole or in part, or none."""
     if settings.film_refresh:
-      late = server.rounds > settings.film_after * task.rounds
+      late = rounds_of(server) > settings.film_after * task.rounds
       some = lambda server, key: jax.lax.cond(late, partial(train, refresh=True), train, server, key)
     else:
       some = train

@@ -1,0 +1,459 @@
+"""The virtual clock: who starts and ends when, on which version of the server, before anything is trained.
+
+A visit takes download + steps * seconds a step / speed + upload virtual seconds, times a log-normal factor of mean 1.
+  synchronous   a round starts ceil(K (1 + o)) clients; it ends when K uploads have arrived, when nobody is left to wait
+                for, or at the deadline. Who is later is cut off: it keeps nothing and is not computed.
+  asynchronous  `concurrency` clients are at work; when one ends, its upload is aggregated by itself, and the next
+                client starts on what the server is then. What happens at one moment ends first and starts then.
+
+The availability processes are in round floor(time / round_seconds). Each such round has its keyed order of clients;
+the next to start is the first along it that is present and not at work, and who ends joins at the order's end. A client
+that is away at its start is not drawn; one that is away at its end, or whose upload the process loses, has worked and
+is not heard of [O].
+
+A schedule is a pure function of the seed, the process, speeds, sizes and costs: neither devices nor batches nor what is
+learnt change it.
+"""
+
+import heapq
+import zipfile
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from apfl_jax import population, random
+from apfl_jax.errors import InputError
+from apfl_jax.simulation.cohort import along
+from apfl_jax.types import Array, Availability, Process, PyTree
+
+CLOCKS = ("rounds", "synchronous", "asynchronous")
+_BLOCK = 4096  # visits whose durations are drawn in a call
+_PATIENCE = 10_000  # rounds of the process in a row in which nobody is there
+_ROUNDING = 1e-9  # of a round: sums of durations that should be whole may fall short of it
+
+
+class Settings(NamedTuple):
+  """Of a clock.
+
+  Attributes:
+    clock: 'synchronous' or 'asynchronous'.
+    rounds: T; a run is T * K visits, or T synchronous rounds.
+    cohort_size: K.
+    concurrency: clients at work at a time, on the asynchronous clock.
+    over_selection: o, share of clients that a synchronous round starts beyond K.
+    deadline: virtual seconds after which a synchronous round ends; 0 for none.
+    jitter: standard deviation of the logarithm of a visit's factor.
+    round_seconds: length of a round of the availability processes, above 0.
+    max_staleness: versions that an upload may be behind; older ones do not arrive. 0 for any.
+  """
+
+  clock: str
+  rounds: int
+  cohort_size: int
+  concurrency: int
+  over_selection: float = 0.0
+  deadline: float = 0.0
+  jitter: float = 0.0
+  round_seconds: float = 1.0
+  max_staleness: int = 0
+
+  @property
+  def places(self) -> int:
+    """Clients at work at a time, at most."""
+    if self.clock == "asynchronous":
+      return self.concurrency
+    # Rounded first, for 100 * 1.1 is more than 110.
+    return int(np.ceil(round(self.cohort_size * (1 + self.over_selection), 6)))
+
+
+class Schedule(NamedTuple):
+  """Visits [V] in the order in which they started. Version v is the server after v groups from which uploads arrived.
+
+  Attributes:
+    clock: 'synchronous' or 'asynchronous'.
+    cohort_size: K.
+    places: clients at work at a time, at most.
+    num_clients: N.
+    seconds: float64 [T], when each round of K visits is over.
+    client: int32 [V].
+    start: float64 [V], virtual seconds.
+    end: float64 [V]; of one that is cut off, when that happens.
+    group: int32 [V], which uploads it is aggregated with, counted from 0; -1 for a visit that is cut off or that has
+      not ended when the run does.
+    read: int32 [V], the version that it downloaded.
+    staleness: int32 [V], versions between its download and its group.
+    arrives: bool [V].
+    round: int32 [V], that of its visit as methods and keys know it: when it is due, but after its client's last one.
+    work: float32 [V], the share of its steps that it does.
+    wait: int32 [V], idle steps.
+  """
+
+  clock: str
+  cohort_size: int
+  places: int
+  num_clients: int
+  seconds: np.ndarray
+  client: np.ndarray
+  start: np.ndarray
+  end: np.ndarray
+  group: np.ndarray
+  read: np.ndarray
+  staleness: np.ndarray
+  arrives: np.ndarray
+  round: np.ndarray
+  work: np.ndarray
+  wait: np.ndarray
+
+  @property
+  def idle_share(self) -> float:
+    """Share of the places' time in which nobody was at work, up to the end of the last round."""
+    busy = np.minimum(self.end, self.seconds[-1]) - np.minimum(self.start, self.seconds[-1])
+    return max(0.0, float(1 - busy.sum() / (self.places * self.seconds[-1])))
+
+  def staleness_histogram(self, bins: int = 40) -> dict[str, list[int]]:
+    """How stale what arrived was: counts [b], and edges [b + 1], of which a bin holds the lower one."""
+    values = self.staleness[self.arrives & (self.group >= 0)]
+    width = max(1, -(-(int(values.max(initial=0)) + 1) // bins))
+    edges = np.arange(0, int(values.max(initial=0)) + width + 1, width)
+    return {"edges": edges.tolist(), "counts": np.histogram(values, edges)[0].tolist()}
+
+  def traffic(self, down: int, up: int) -> np.ndarray:
+    """float64 [T]: bytes that were moved by the end of each round, from those of a download and of an upload."""
+    started = np.searchsorted(np.sort(self.start), self.seconds, side="left")
+    ended = np.searchsorted(np.sort(self.end[self.group >= 0]), self.seconds, side="right")
+    return started * float(down) + ended * float(up)
+
+
+def make(
+  process: Callable[[PyTree], Process],
+  traced: PyTree,
+  seed: Array | int,
+  settings: Settings,
+  compute: np.ndarray,
+  *,
+  download: float = 0.0,
+  upload: float = 0.0,
+) -> Schedule:
+  """Plays the clock to the end of a run.
+
+  Args:
+    process: (traced) -> the population, called inside a trace.
+    traced: whatever it reads.
+    seed: the run's.
+    settings: of the clock.
+    compute: float64 [N] by id, seconds that a client's steps take at speed 1.
+    download: seconds.
+    upload: seconds.
+
+  Raises:
+    InputError: nobody comes any more.
+  """
+  if settings.clock not in CLOCKS[1:]:
+    raise InputError(f"clock: got {settings.clock!r}, accepted are {', '.join(CLOCKS[1:])}")
+  line = _Line(_Presence(process, traced, seed, len(compute), settings.round_seconds), settings)
+  most = settings.places + settings.rounds * max(settings.places, settings.cohort_size)
+  factor = _factors(seed, most, settings.jitter)
+  seconds = lambda visit, id, there: (download + compute[id] * there.work / there.speed + upload) * factor[visit]
+  play = _asynchronous if settings.clock == "asynchronous" else _synchronous
+  columns = play(line, settings, lambda visit, id, there: float(seconds(visit, id, there)))
+  return Schedule(settings.clock, settings.cohort_size, settings.places, len(compute), **columns)
+
+
+def _factors(seed: Array | int, count: int, jitter: float) -> np.ndarray:
+  """float64 [count] or more: exp(s z - s^2 / 2) of each visit by its number."""
+  drawn = [_normals(jnp.uint32(seed), np.int32(first)) for first in range(0, count, _BLOCK)]
+  return np.exp(jitter * np.concatenate(drawn).astype(np.float64) - jitter**2 / 2)
+
+
+@jax.jit
+def _normals(seed: Array, first: Array) -> Array:
+  key = random.key(seed, random.Purpose.DURATION)
+  return jax.vmap(lambda visit: jax.random.normal(jax.random.fold_in(key, visit)))(first + jnp.arange(_BLOCK))
+
+
+# --- who is there -----------------------------------------------------------------------------------------------------
+
+
+class _There(NamedTuple):
+  """Of one client."""
+
+  present: bool
+  speed: float
+  work: float
+  wait: int
+
+
+@partial(jax.jit, static_argnums=0)
+def _start(process: Callable[[PyTree], Process], traced: PyTree, seed: Array) -> PyTree:
+  return population.start(process(traced), seed)
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(process: Any, traced: PyTree, seed: Array, state: PyTree, begin: Array, end: Array) -> PyTree:
+  return jax.lax.fori_loop(begin, end, lambda t, s: population.step(process(traced), s, t, seed), state)
+
+
+@partial(jax.jit, static_argnums=0)
+def _ahead(
+  process: Any, traced: PyTree, seed: Array, state: PyTree, round: Array, num_clients: Array, positions: Array
+) -> tuple[Array, Availability]:
+  return along(process(traced), state, round, seed, num_clients, positions)
+
+
+@partial(jax.jit, static_argnums=0)
+def _arriving(process: Any, traced: PyTree, seed: Array, state: PyTree, round: Array, ids: Array) -> Array:
+  there = population.look(process(traced), state, round, ids, seed)
+  return there.present & there.arrives
+
+
+class _Presence:
+  """The population process, looked at for many clients a call."""
+
+  def __init__(self, process: Callable[[PyTree], Process], traced: PyTree, seed: Any, num_clients: int, length: float):
+    self.num_clients, self.length = num_clients, length
+    self._of = process, traced, jnp.uint32(seed)
+    self._start = _start(*self._of)
+    self._states: dict[int, PyTree] = {}
+
+  def round(self, time: float) -> int:
+    """The process's round at a time."""
+    return int(time / self.length + _ROUNDING)
+
+  def _state(self, round: int) -> PyTree:
+    if round not in self._states:
+      known = max((r for r in self._states if r < round), default=-1)
+      state = self._states[known] if known >= 0 else self._start
+      self._states[round] = _step(*self._of, state, np.int32(known + 1), np.int32(round + 1))
+    return self._states[round]
+
+  def forget(self, round: int) -> None:
+    """No round before this one is asked for any more."""
+    self._state(round)
+    for old in [r for r in self._states if r < round]:
+      del self._states[old]
+
+  def order(self, round: int, position: int, count: int) -> deque[tuple[int, _There]]:
+    """The next clients along the order of a round."""
+    positions = position + np.arange(count)
+    given = self._state(round), np.int32(round), np.int32(self.num_clients), positions.astype(np.int32)
+    ids, there = jax.tree.map(np.asarray, _ahead(*self._of, *given))
+    inside = positions < self.num_clients
+    fields = (there.present[inside], there.speed[inside], there.work[inside], there.wait[inside])
+    return deque(zip(ids[inside].tolist(), map(_There, *(x.tolist() for x in fields)), strict=True))
+
+  def arrives(self, ids: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """bool [V]: whether uploads of these clients arrive at these times."""
+    rounds = (np.asarray(times) / self.length + _ROUNDING).astype(np.int64)
+    order = np.argsort(rounds, kind="stable")
+    found = np.zeros(len(order), bool)
+    for part in np.split(order, np.flatnonzero(np.diff(rounds[order])) + 1):
+      if len(part):
+        padded = np.resize(ids[part], 1 << max(3, (len(part) - 1).bit_length()))  # few shapes, for each is compiled
+        round = int(rounds[part[0]])
+        answers = _arriving(*self._of, self._state(round), np.int32(round), padded.astype(np.int32))
+        found[part] = np.asarray(answers)[: len(part)]
+    return found
+
+
+class _Line:
+  """Who is the next to start."""
+
+  def __init__(self, presence: _Presence, settings: Settings):
+    self.presence = presence
+    self.at_work: set[int] = set()
+    self._block = min(presence.num_clients, 2 * max(settings.places, 32))
+    self._round, self._idle = -1, 0
+
+  def enter(self, time: float) -> None:
+    """A new round of the process begins the line anew."""
+    round = self.presence.round(time)
+    if round != self._round:
+      self._round, self._position = round, 0
+      self._ahead: deque[tuple[int, _There]] = deque()
+      self._again: deque[int] = deque()
+      self._passed: dict[int, _There] = {}
+      self.presence.forget(round)
+
+  def next(self) -> tuple[int, _There] | None:
+    """A client that is there and not at work, who is at work from now on; None where there is none."""
+    while True:
+      if not self._ahead and self._position < self.presence.num_clients:
+        self._ahead = self.presence.order(self._round, self._position, self._block)
+        self._position += self._block
+      if self._ahead:
+        id, there = self._ahead.popleft()
+        self._passed[id] = there
+        if not there.present or id in self.at_work:
+          continue
+      elif self._again:
+        id = self._again.popleft()
+        there = self._passed[id]
+      else:
+        return None
+      self.at_work.add(id)
+      self._idle = 0
+      return id, there
+
+  def back(self, id: int) -> None:
+    """A client has ended: it joins at the end, unless its turn in this round is still to come."""
+    self.at_work.remove(id)
+    if id in self._passed and self._passed[id].present:
+      self._again.append(id)
+
+  def wait(self) -> float:
+    """When the process's next round begins.
+
+    Raises:
+      InputError: that was asked again and again, and nobody came.
+    """
+    self._idle = 0 if self.at_work else self._idle + 1
+    if self._idle > _PATIENCE:
+      raise InputError(
+        f"clock: got a population of which nobody is there for {_PATIENCE} rounds of its process from virtual second"
+        f" {(self._round - _PATIENCE) * self.presence.length:.6g} on; accepted is one that comes back"
+      )
+    return (self._round + 1) * self.presence.length
+
+
+# --- the two clocks ---------------------------------------------------------------------------------------------------
+
+_Seconds = Callable[[int, int, _There], float]
+
+
+def _asynchronous(line: _Line, settings: Settings, seconds: _Seconds) -> dict[str, np.ndarray]:
+  total, size = settings.rounds * settings.cohort_size, settings.cohort_size
+  rows: list[tuple] = []  # client, start, end, ended before it started, work, wait
+  working: list[tuple[float, int]] = []  # (end, visit), a heap
+  ended: list[int] = []  # visits in the order in which they end
+  now, free = 0.0, settings.concurrency
+  line.enter(now)
+  while len(ended) < total:
+    while free and (found := line.next()):
+      id, there = found
+      visit = len(rows)
+      end = now + seconds(visit, id, there)
+      rows.append((id, now, end, len(ended), there.work, there.wait))
+      heapq.heappush(working, (end, visit))
+      free -= 1
+    change = line.wait() if free else np.inf
+    if not working or change < working[0][0]:
+      now = change
+      line.enter(now)
+      continue
+    now = working[0][0]
+    line.enter(now)
+    while working and working[0][0] == now and len(ended) < total:
+      visit = heapq.heappop(working)[1]
+      ended.append(visit)
+      line.back(rows[visit][0])
+      free += 1
+
+  client, start, ends, before, work, wait = (np.array(column) for column in zip(*rows, strict=True))
+  order = np.array(ended)
+  arrives = np.zeros(len(rows), bool)
+  arrives[order] = line.presence.arrives(client[order], ends[order])
+  group, staleness, number = np.full(len(rows), -1), np.zeros(len(rows), int), np.zeros(len(rows), int)
+  version = np.zeros(total + 1, int)  # after so many visits have ended
+  last: dict[int, int] = {}
+  for place, visit in enumerate(ended):
+    stale = int(version[place] - version[before[visit]])
+    if settings.max_staleness and stale > settings.max_staleness:
+      arrives[visit] = False
+    version[place + 1] = version[place] + arrives[visit]
+    group[visit], staleness[visit] = place, stale
+    id = rows[visit][0]
+    number[visit] = last[id] = max(place // size, last.get(id, -1) + 1)
+  return _columns(
+    seconds=ends[order][size - 1 :: size],
+    client=client,
+    start=start,
+    end=ends,
+    group=group,
+    read=version[before],
+    staleness=staleness,
+    arrives=arrives,
+    round=number,
+    work=work,
+    wait=wait,
+  )
+
+
+def _synchronous(line: _Line, settings: Settings, seconds: _Seconds) -> dict[str, np.ndarray]:
+  rows: list[tuple] = []  # client, start, end, group, version, arrives, round, work, wait
+  closes: list[float] = []
+  now, version = 0.0, 0
+  for round in range(settings.rounds):
+    line.enter(now)
+    while (first := line.next()) is None:
+      now = line.wait()
+      line.enter(now)
+    drawn = [first]
+    while len(drawn) < settings.places and (found := line.next()):
+      drawn.append(found)
+    end = np.array([now + seconds(len(rows) + i, id, there) for i, (id, there) in enumerate(drawn)])
+    ids = np.array([id for id, _ in drawn])
+    arrives = line.presence.arrives(ids, end)
+    by = np.argsort(end, kind="stable")
+    enough = np.searchsorted(np.cumsum(arrives[by]), settings.cohort_size)  # its place, or after the last
+    last = min(int(enough), len(by) - 1)
+    close = end[by[last]]
+    counted = np.zeros(len(by), bool)
+    counted[by[: last + 1]] = True
+    if settings.deadline and now + settings.deadline < close:
+      close = now + settings.deadline
+      counted &= end <= close
+    for i, (id, there) in enumerate(drawn):
+      group, heard = (round, bool(arrives[i])) if counted[i] else (-1, False)
+      rows.append((id, now, min(end[i], close), group, version, heard, round, there.work, there.wait))
+    version += bool((arrives & counted).any())
+    now = float(close)
+    closes.append(now)
+    line.enter(now)
+    for i in by:
+      line.back(int(ids[i]))
+  names = ("client", "start", "end", "group", "read", "arrives", "round", "work", "wait")
+  columns = dict(zip(names, map(np.array, zip(*rows, strict=True)), strict=True))
+  return _columns(seconds=np.array(closes), staleness=np.zeros(len(rows)), **columns)
+
+
+def _columns(**columns: np.ndarray) -> dict[str, np.ndarray]:
+  kinds = {"seconds": np.float64, "start": np.float64, "end": np.float64, "arrives": bool, "work": np.float32}
+  return {name: np.asarray(x).astype(kinds.get(name, np.int32)) for name, x in columns.items()}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def save(schedule: Schedule, file: Any) -> None:
+  """Writes an archive of arrays into an open file or to a path; the same schedule is the same bytes but for dates."""
+  np.savez_compressed(file, **schedule._asdict())
+
+
+def load(path: Path, clock: str, num_clients: int, cohort_size: int, rounds: int) -> Schedule:
+  """A schedule that was saved, for a run of this clock, N, K and T.
+
+  Raises:
+    InputError: it cannot be read, or is one of another run.
+  """
+  try:
+    with np.load(path) as file:
+      columns = dict(file)
+    plain = {name: columns.pop(name).item() for name in ("clock", "cohort_size", "places", "num_clients")}
+    schedule = Schedule(**plain, **columns)
+  except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)[:100]
+    raise InputError(
+      f"schedule: {path} is no saved schedule ({reason}), accepted is the schedule.npz of a run"
+    ) from error
+  here = {"clock": clock, "num_clients": num_clients, "cohort_size": cohort_size, "rounds": rounds}
+  there = {**plain, "rounds": len(schedule.seconds)}
+  for name, value in here.items():
+    if there[name] != value:
+      raise InputError(f"schedule: {path} is of a run with {name}={there[name]}, accepted is one with {value}")
+  return schedule

@@ -1,0 +1,90 @@
+"""A run on the virtual clock from its flags: what it leaves, that a saved schedule replays it, how it refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apfl_jax import metrics
+from apfl_jax.errors import InputError
+from experiments import job
+from experiments.config import Config
+
+BASE = Config(
+  algorithm="fedbuff",
+  dataset="fast",
+  model="mlp",
+  embeddings="onehot",
+  clock="asynchronous",
+  num_clients=8,
+  cohort_size=4,
+  concurrency=3,
+  rounds=6,
+  eval_every=2,
+  alpha=0.5,
+  dropout="bernoulli",
+  drop_rate="0.2",
+  monopolistic_classes=0,
+  speed="pareto",
+  bandwidth=5e3,
+  duration_jitter=0.3,
+  local_steps=5,
+  pooled_examples=80,
+  checkpoint_every=0,
+  progress=False,
+  settings={"buffer_size": 3},
+)
+
+
+def run(workdir: Path, **values) -> dict:
+  return job.run(dataclasses.replace(BASE, workdir=str(workdir), **values))
+
+
+def lines(workdir: Path) -> list[dict]:
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_tells_its_time_and_its_schedule_replays_it(tmp_path):
+  one = run(tmp_path / "one")
+  told = lines(tmp_path / "one")
+  times, moved = ([line[key] for line in told] for key in ("virtual_seconds", "bytes"))
+  assert len(times) == 3 and (np.diff(times) > 0).all() and (np.diff(moved) > 0).all()
+  section = one["time"]
+  assert section["virtual_seconds"] == times[-1] and 0 <= section["idle_share"] < 1
+  with np.load(tmp_path / "one" / "schedule.npz") as made:
+    assert sum(section["staleness"]["counts"]) == np.sum(made["arrives"] & (made["group"] >= 0))
+  assert section["batches"]["mean"] > 1 and section["batches"]["count"] * section["batches"]["mean"] == 24
+  assert metrics.time.to_target(told, 0.0) == times[0]
+  assert (tmp_path / "one" / "time.png").is_file()
+
+  # Neither seed nor speeds matter to who comes when; the seed still matters to what is learnt.
+  saved = str(tmp_path / "one" / "schedule.npz")
+  other = run(tmp_path / "two", schedule=saved, speed="constant", duration_jitter=0.0, bandwidth=0.0)
+  assert (tmp_path / "two" / "metrics.jsonl").read_bytes() == (tmp_path / "one" / "metrics.jsonl").read_bytes()
+  assert other["time"] == section
+
+
+@pytest.mark.parametrize(
+  ("values", "words"),
+  [
+    ({"clock": "rounds"}, "concurrency: got 3 with --clock=rounds, accepted is --clock=asynchronous"),
+    ({"concurrency": 9}, "concurrency: got 9, accepted is 0 to num_clients=8"),
+    ({"deadline": 3.0}, "deadline: got 3.0 with --clock=asynchronous, accepted is --clock=synchronous"),
+    (
+      {"clock": "synchronous", "concurrency": 0, "over_selection": 1.5},
+      "over_selection: got 1.5, accepted is at most num_clients / cohort_size - 1 = 1",
+    ),
+    ({"clock": "rounds", "concurrency": 0, "schedule": "x.npz"}, "schedule: got .*x.npz with --clock=rounds"),
+    ({"clock": "sundial"}, "clock: got 'sundial', accepted are rounds, synchronous, asynchronous"),
+  ],
+)
+def test_settings_that_the_clock_does_not_read_are_refused(values, words):
+  with pytest.raises(InputError, match=words):
+    dataclasses.replace(BASE, **values)
+
+
+def test_a_schedule_of_another_run_is_one_line(tmp_path):
+  with pytest.raises(InputError, match="nothing.npz is no saved schedule"):
+    job.prepare(dataclasses.replace(BASE, schedule=str(tmp_path / "nothing.npz")))
