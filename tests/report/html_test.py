@@ -64,7 +64,8 @@ def test_page_holds_the_pictures_beside_it(ap_fl):
   inside = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in page.images.values()}
   assert inside == {file.read_bytes() for file in ap_fl.glob("*.png")}
   assert {file.name for file in ap_fl.glob("*.png")} == {
-    f"{name}.png" for name in ("curves", "time", "clients", "partition", "presence", "samples", "trust", "confusion", "surface")
+    f"{name}.png"
+    for name in ("curves", "time", "clients", "partition", "presence", "samples", "trust", "confusion", "surface")
   }
 
 

@@ -113,7 +113,7 @@ def ap_fl(
     memory: what keeps classes whose holders left, none of whom says so: 'none'; 'average', the server answers with the
       mean of its model and the last one made with them; 'distil', with its head distilled on samples in the last round;
       'both'. All but 'none' also keep such classes in the generator.
-    memory_patience: aggregations without a holder after which a class has left.
+    memory_patience: rounds without a holder after which a class has left.
     lambda_memory: weight of L_mem; with a memory.
     mask_softmax: softmax in clients' training only over classes seen so far and the client's own (2.4).
     unseen: how models answer with classes that nobody taught, if the table of classes is trusted: 'none', never;

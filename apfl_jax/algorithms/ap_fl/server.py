@@ -73,6 +73,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   model, num_classes, tier = task.model, task.num_classes, settings.tier
   optimizer = _optimizer(settings)
   warmup = jnp.floor(settings.warmup * task.rounds).astype(jnp.int32)
+  patience = settings.memory_patience * task.aggregations
   remembers, reads = settings.memory != "none", settings.unseen.kind != "none"
 
   copied = partial(jax.tree.map, jnp.copy)
@@ -304,15 +305,15 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
 
   def gone(server: Server) -> Array:
     """bool [C]: classes in the memory that no client which arrived has held for a while; nobody tells the server."""
-    return _memory(server).classes & (_memory(server).absent >= settings.memory_patience)
+    return _memory(server).classes & (_memory(server).absent >= patience)
 
   def remember(server: Server, held: Array) -> Server:
     """Notes who is there, and keeps the model while all classes seen so far are; `held` bool [C]."""
     memory, known = _memory(server), seen(server)
     absent = jnp.where(held, 0, memory.absent + 1)
     # Best when all are there at once. Where cohorts are small that may never be: then now and then while none is gone.
-    due = jnp.all(held | ~known) | (memory.age + 1 >= settings.memory_patience)
-    take = due & jnp.all((absent < settings.memory_patience) | ~known)
+    due = jnp.all(held | ~known) | (memory.age + 1 >= patience)
+    take = due & jnp.all((absent < patience) | ~known)
     pick = lambda new, old: jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
     server = server._replace(
       memory=Memory(
