@@ -123,7 +123,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   def download(server):
     shipped = server.bank if settings.ship == "bank" else source.ship(weights(server), server.statistics)
     answer = answer_of(server) if remembers else ()
-    return Download(Shared(server.params, answer, seen(server), shipped, server.trust, server.reading, server.peers))
+    return Download(Shared(server.params, answer, seen(server), shipped, server.trust, server.peers, server.reading))
 
   def local_update(download, client, data, visit, key):
     shared = download.shared

@@ -52,8 +52,8 @@ class Shared(NamedTuple):
     seen: bool [C], classes that some client held whose upload ever arrived.
     source: what `Source.sample` needs, or a bank of its samples.
     trust: float32 [C] in [0, 1], how far synthetic samples of a class are to be believed; 0 where unseen.
-    reading: how to answer with classes that nobody taught, or ().
     peers: other clients' models, for the friend `peer`; () otherwise.
+    reading: how to answer with classes that nobody taught, or ().
   """
 
   params: Params
@@ -61,8 +61,8 @@ class Shared(NamedTuple):
   seen: Array
   source: PyTree
   trust: Array
-  reading: Reading | tuple[()]
   peers: Peers | tuple[()] = ()
+  reading: Reading | tuple[()] = ()
 
   @property
   def start(self) -> Params:
@@ -126,8 +126,8 @@ class Server(NamedTuple):
     bank: samples that clients download instead of weights, or ().
     trust: float32 [C].
     memory: Memory, or ().
-    reading: see `Shared`.
     peers: see `Shared`.
+    reading: see `Shared`.
   """
 
   params: Params
@@ -139,8 +139,8 @@ class Server(NamedTuple):
   bank: PyTree
   trust: Array
   memory: Memory | tuple[()]
-  reading: Reading | tuple[()]
   peers: Peers | tuple[()] = ()
+  reading: Reading | tuple[()] = ()
 
 
 class Sent(NamedTuple):
