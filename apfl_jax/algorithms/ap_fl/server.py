@@ -95,7 +95,9 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     if source.learns:
       student = model.init(jax.random.fold_in(key, APART + 1)) if settings.adversary else ()
       zero = jnp.int32(0)
-      drawn = Trained(drawn, copied(drawn), optimizer.init(drawn), student, zero, jnp.float32(jnp.inf), zero)
+      drawn = Trained(
+        drawn, copied(drawn), optimizer.init(drawn), student, zero, jnp.float32(jnp.finfo(jnp.float32).max), zero
+      )
     known = Statistics(
       layers=() if tier == "s0" else statistics.no_moments(task, layers_of),
       classes=statistics.no_sums(task) if tier == "s2" else (),
@@ -202,7 +204,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
 
   def train(server: Server, key: Key, refresh: bool = False) -> Server:
     """Steps of the generator; with `refresh` only of FiLM and W."""
-    step_key, _ = jax.random.split(key)  # the other one is for `renew`
+    step_key, renew_key = jax.random.split(key)
     trained, known, unseen_on = server.source, seen(server), asked(server)
     counts = jnp.where(known, 1.0 if tier == "s0" else server.counts, 0.0)
     past = generation.Past(gone(server), _memory(server).params, _memory(server).average) if remembers else ()
@@ -245,7 +247,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     stale = jnp.where(better, 0, trained.stale + 1)
     least = jnp.minimum(total, trained.least)
     trained = Trained(params, average, state, student, trained.rounds + 1, least, stale)
-    return renew(server._replace(source=trained), key)
+    return renew(server._replace(source=trained), renew_key)
 
   def taught(teacher: Params, student: Params, samples: Array, counted: Array, classes: Array) -> Params:
     """The student after a step of distillation on samples; `counted` float32 [B]."""
@@ -262,11 +264,10 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
 
   def renew(server: Server, key: Key) -> Server:
     """Trust, and the bank, for the source as it is."""
-    _, trust_key = jax.random.split(key)
     known = seen(server)
     if source.trusted == "measured":
       label = jnp.tile(jnp.arange(num_classes), _TRUST_SAMPLES)
-      samples = source.sample(source.ship(weights(server), server.statistics), label, trust_key)
+      samples = source.sample(source.ship(weights(server), server.statistics), label, key)
       answer = lambda params: model.head(params.head, source.features(model, params.base, samples))
       logits = answer(server.params)
       if remembers:
@@ -278,8 +279,8 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       samples = None
       trust = known.astype(jnp.float32) if source.trusted == "wholly" else jnp.zeros(num_classes)
     if reads:
-      server = server._replace(reading=read(server, samples, jax.random.fold_in(trust_key, APART + 1)))
-    return filled(server._replace(trust=trust), jax.random.fold_in(trust_key, APART))
+      server = server._replace(reading=read(server, samples, jax.random.fold_in(key, APART + 1)))
+    return filled(server._replace(trust=trust), jax.random.fold_in(key, APART))
 
   def read(server: Server, samples: Array | None, key: Key) -> unseen.Reading:
     """What the server makes of unseen classes: from real features where it has them, else from samples."""
