@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from apfl_jax import metrics, population, simulation
-from apfl_jax.algorithms import fedasync, fedavg, fedbuff, mifa, persafl
+from apfl_jax.algorithms import METHODS, fedasync, fedavg, fedbuff, mifa, persafl
 from apfl_jax.errors import InputError
 from apfl_jax.simulation import batches, schedule
 from apfl_jax.types import (
@@ -376,11 +376,20 @@ def test_a_method_with_rows_of_its_own_learns_on_the_clock():
   assert metrics.accuracy(scores.own).min() > 0.9
 
 
+@pytest.mark.slow  # to compile
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_on_the_clock(name):
+  chunks, simulator = _on_the_clock(name, 20)
+  scores = tasks.personal(simulator, chunks.state, chunks.inputs)
+  tasks.assert_finite((chunks.state.server, scores))
+  assert metrics.accuracy(scores.own).mean() > 0.8
+
+
 def test_the_generator_of_ap_fl_trains_once_a_round_of_uploads():
   """And as long as in rounds: after a tenth of ten rounds, two steps each."""
   chunks, _ = _on_the_clock("ap_fl", 4)
   server: Any = chunks.state.server
   assert int(server.rounds) == 4 * COHORT
-  counts = {int(x) for x in jax.tree.leaves(server.optimizer) if x.ndim == 0}
+  counts = {int(x) for x in jax.tree.leaves(server.source.optimizer) if x.ndim == 0}
   assert counts == {(4 - 1) * 2}
   tasks.assert_finite(server)
