@@ -45,6 +45,7 @@ class Cohort(NamedTuple):
     ids: int32.
     ok: bool; the others are nobody.
     round: int32, see `Visit`.
+    number: int32, what keys are made of: another at each visit of a client.
     staleness: int32.
     work: float32.
     wait: int32.
@@ -56,6 +57,7 @@ class Cohort(NamedTuple):
   ids: Any
   ok: Any
   round: Any
+  number: Any
   staleness: Any
   work: Any
   wait: Any
@@ -98,6 +100,7 @@ def blank_batches(layout: Layout) -> Batches:
     ids=whole,
     ok=table(bool),
     round=whole,
+    number=whole,
     staleness=whole,
     work=table(np.float32),
     wait=whole,
@@ -206,6 +209,7 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
     ids=column("client"),
     ok=table(np.ones(len(order), bool)),
     round=column("round"),
+    number=column("number"),
     staleness=column("staleness"),
     work=column("work"),
     wait=column("wait"),

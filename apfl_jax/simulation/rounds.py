@@ -245,11 +245,11 @@ def simulator(
     """One visit -> (weight * update, weight, client, kept, arrived); the first two and `kept` 0 if nothing arrived."""
     inputs, history, present = shared
     algorithm, _ = build(inputs.settings)
-    slot, own, row, visit, client, arrives = item
+    slot, own, row, visit, number, client, arrives = item
     download = Download(jax.tree.map(lambda h: h[slot], history), own)
     new = algorithm.init_client(download, random.key(inputs.seed, Purpose.CLIENT, visit.id))
     client = jax.tree.map(lambda a, b: jnp.where(visit.times == 0, a, b), new, client)
-    key = random.key(inputs.seed, Purpose.LOCAL_UPDATE, visit.round, visit.id)
+    key = random.key(inputs.seed, Purpose.LOCAL_UPDATE, number, visit.id)
     data = data_of(inputs.federation, row, present)
     client, upload = algorithm.local_update(download, client, data, visit, key)
     arrived = arrives & _finite((upload.update, upload.weight, upload.kept))
@@ -287,7 +287,7 @@ def simulator(
       wait=cohort.wait,
     )
     mine = jax.tree.map(lambda x: x[row], state.clients)
-    items = (cohort.slot, jax.tree.map(lambda x: x[cohort.own], own), row, visit, mine, cohort.arrives)
+    items = (cohort.slot, jax.tree.map(lambda x: x[cohort.own], own), row, visit, cohort.number, mine, cohort.arrives)
     shared = inputs, history, classes_held(federation, row, ok)
     if alone:
       _, (total, weight, mine, kept, arrived) = over_clients(lambda s, i: ((), client(s, i)))(shared, items, ok)
@@ -381,6 +381,7 @@ def simulator(
       ids=ids,
       ok=ok,
       round=jnp.broadcast_to(now, ids.shape),
+      number=jnp.broadcast_to(now, ids.shape),
       staleness=delay,
       work=there.work,
       wait=there.wait,

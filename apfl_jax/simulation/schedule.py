@@ -89,7 +89,8 @@ class Schedule(NamedTuple):
     read: int32 [V], the version that it downloaded.
     staleness: int32 [V], versions between its download and its group.
     arrives: bool [V].
-    round: int32 [V], that of its visit as methods and keys know it: when it is due, but after its client's last one.
+    round: int32 [V], in which it is due.
+    number: int32 [V], what its keys are made of: its round, or where its client had that already the next number.
     work: float32 [V], the share of its steps that it does.
     wait: int32 [V], idle steps.
   """
@@ -107,6 +108,7 @@ class Schedule(NamedTuple):
   staleness: np.ndarray
   arrives: np.ndarray
   round: np.ndarray
+  number: np.ndarray
   work: np.ndarray
   wait: np.ndarray
 
@@ -358,7 +360,7 @@ def _asynchronous(line: _Line, settings: Settings, seconds: _Seconds) -> dict[st
   order = np.array(ended)
   arrives = np.zeros(len(rows), bool)
   arrives[order] = line.presence.arrives(client[order], ends[order])
-  group, staleness, number = np.full(len(rows), -1), np.zeros(len(rows), int), np.zeros(len(rows), int)
+  group, staleness, number = (np.full(len(rows), start) for start in (-1, 0, 0))
   version = np.zeros(total + 1, int)  # after so many visits have ended
   last: dict[int, int] = {}
   for place, visit in enumerate(ended):
@@ -378,7 +380,8 @@ def _asynchronous(line: _Line, settings: Settings, seconds: _Seconds) -> dict[st
     read=version[before],
     staleness=staleness,
     arrives=arrives,
-    round=number,
+    round=np.maximum(group, 0) // size,
+    number=number,
     work=work,
     wait=wait,
   )
@@ -419,7 +422,7 @@ def _synchronous(line: _Line, settings: Settings, seconds: _Seconds) -> dict[str
       line.back(int(ids[i]))
   names = ("client", "start", "end", "group", "read", "arrives", "round", "work", "wait")
   columns = dict(zip(names, map(np.array, zip(*rows, strict=True)), strict=True))
-  return _columns(seconds=np.array(closes), staleness=np.zeros(len(rows)), **columns)
+  return _columns(seconds=np.array(closes), staleness=np.zeros(len(rows)), number=columns["round"], **columns)
 
 
 def _columns(**columns: np.ndarray) -> dict[str, np.ndarray]:

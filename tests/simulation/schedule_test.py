@@ -53,8 +53,8 @@ def _causal(made: Schedule) -> None:
   for id in range(N):
     mine = np.flatnonzero(made.client == id)
     assert (made.start[mine][1:] >= made.end[mine][:-1]).all()  # not twice at work
-    rounds = made.round[mine][made.group[mine] >= 0]
-    assert (np.diff(rounds) > 0).all()  # so that its keys differ
+    numbers = made.number[mine][made.group[mine] >= 0]
+    assert (np.diff(numbers) > 0).all()  # so that its keys differ
   moments = np.concatenate([made.start, made.end])
   change = np.repeat([1, -1], len(made.start))
   order = np.lexsort((change, moments))  # who ends at a moment makes room for who starts then
@@ -136,6 +136,7 @@ def test_asynchronous_schedules(seed, rates, spread, equal, cohort, concurrency,
   )
   _causal(made)
   assert np.count_nonzero(made.group >= 0) == rounds * cohort
+  np.testing.assert_array_equal(made.round, np.maximum(made.group, 0) // cohort)  # however often a client came
   assert (np.diff(made.end[np.argsort(made.group)][np.count_nonzero(made.group < 0) :]) >= 0).all()
   if stale:
     assert made.staleness[made.arrives].max(initial=0) <= stale
