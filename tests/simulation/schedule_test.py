@@ -142,7 +142,7 @@ def test_asynchronous_schedules(seed, rates, spread, equal, cohort, concurrency,
     assert made.staleness[made.arrives].max(initial=0) <= stale
   plan = batches.plan(made, width)
   _kept(plan)
-  assert plan.layout.versions <= concurrency
+  assert plan.layout.versions == concurrency <= plan.layout.seats
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -174,7 +174,7 @@ def test_synchronous_schedules(seed, rates, spread, cohort, over, deadline, roun
   plan = batches.plan(made)
   ids, ok = plan.cohorts(0, rounds)
   assert Counter(ids[ok].tolist()) == Counter(made.client[made.group >= 0].tolist())
-  assert not plan.layout.alone and plan.layout.width <= made.places
+  assert not plan.layout.alone and plan.layout.width == made.places
 
 
 def test_durations_are_download_steps_and_upload():
@@ -218,6 +218,40 @@ def test_equal_durations_draw_the_cohorts_of_rounds():
     assert abs(made.idle_share) < 1e-9
     sizes = batches.plan(made).sizes
     np.testing.assert_array_equal(sizes, 4)
+
+
+@pytest.mark.parametrize(
+  "values",
+  [
+    {"concurrency": 9},
+    {"cohort_size": 4, "concurrency": 1},
+    {"clock": "synchronous", "over_selection": 0.6},
+    {"clock": "synchronous", "deadline": 4.0},
+  ],
+)
+def test_by_itself_a_run_is_as_many_rounds_of_the_process_as_of_its_own(values):
+  """So that who leaves in the midst of the rounds leaves in the midst of the run."""
+  settings = Settings(
+    **{"clock": "asynchronous", "rounds": 20, "cohort_size": 3, "concurrency": 3, "jitter": 0.5} | values
+  )
+  for leave, left in ((0.9, 4), (1.1, 0)):
+    made = schedule.make(_leaving, np.float32(leave), 2, settings, COMPUTE)
+    assert np.count_nonzero(made.gone) == left
+  half = schedule.make(_leaving, np.float32(0.5), 2, settings, COMPUTE)
+  last = max(half.start[half.gone[half.client]])
+  assert 0.35 < last / half.seconds[-1] < 0.65
+
+
+def _leaving(leave: PyTree) -> Process:
+  facts = population.Facts(rounds=20, leave_at=leave)
+  return population.make(("late",), N, jnp.float32([0.5]), population.speeds("pareto", 0.5), facts=facts)
+
+
+def test_a_process_in_which_clients_download_late_is_refused():
+  everyone = population.everyone()
+  late = lambda traced: everyone._replace(look=lambda *told: everyone.look(*told)._replace(delay=told[2] % 2))
+  with pytest.raises(InputError, match="clock: got clients that download rounds ago"):
+    schedule.make(late, np.float32(0), 0, Settings("synchronous", 2, 4, 0), COMPUTE)
 
 
 def test_idle_places_wait_for_the_process_and_nobody_is_drawn_who_is_away():
@@ -295,7 +329,9 @@ def test_many_events_take_seconds():
 
   start = time.perf_counter()
   clients, traced = 2000, np.float32(0.5)
-  made = schedule.make(_many, traced, 0, Settings("asynchronous", 20, 1000, 500, jitter=0.5), np.ones(clients))
+  made = schedule.make(
+    _many, traced, 0, Settings("asynchronous", 20, 1000, 500, jitter=0.5, round_seconds=1.0), np.ones(clients)
+  )
   plan = batches.plan(made)
   assert plan.sizes.sum() == 20_000 and plan.sizes.mean() > 5
   assert time.perf_counter() - start < 20
