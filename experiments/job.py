@@ -567,8 +567,10 @@ def _reweighted(result: simulation.Result, histogram: np.ndarray) -> np.ndarray:
 def _prices(job: Job, result: simulation.Result) -> simulation.Prices:
   config = job.config
   offsets = len(job.dataset.class_names) if (config.softmax_mask, config.readout) != ("none", "plain") else 0
-  together = 1 if config.clock == "asynchronous" else job.simulator.cohort_size
-  return simulation.prices(job.build, job.inputs, result.state.server, config.server_wait, offsets, together)
+  aggregations = (config.cohort_size or config.num_clients) if config.clock == "asynchronous" else 0
+  together = 1 if aggregations else job.simulator.cohort_size
+  server = result.state.server
+  return simulation.prices(job.build, job.inputs, server, config.server_wait, offsets, together, aggregations)
 
 
 def _summary(
@@ -623,9 +625,7 @@ def _summary(
     "recall": {"global_model": global_recall, "personal": metrics.fairness.classes(arrays["personal_recall"])},
     "unseen": unseen,
     "verification": _verification(job, result),
-    "cost": simulation.cost(
-      prices, result, job.inputs, generates=generates, one_by_one=config.clock == "asynchronous"
-    )._asdict(),
+    "cost": simulation.cost(prices, result, job.inputs, generates=generates)._asdict(),
     "time": _time(job),
     "partition": config.partition,
     "alpha": config.alpha if config.partition == "dirichlet" else None,

@@ -125,6 +125,11 @@ class Schedule(NamedTuple):
     busy = np.minimum(self.end, self.seconds[-1]) - np.minimum(self.start, self.seconds[-1])
     return max(0.0, float(1 - busy.sum() / (self.places * self.seconds[-1])))
 
+  @property
+  def starts(self) -> np.ndarray:
+    """int64 [N] by id: visits begun before the run ends, those cut off and those not over then included."""
+    return np.bincount(self.client[self.start < self.seconds[-1]], minlength=self.num_clients)
+
   def staleness_histogram(self, bins: int = 40) -> dict[str, list[int]]:
     """How stale what arrived was: counts [b], and edges [b + 1], of which a bin holds the lower one."""
     values = self.staleness[self.arrives & (self.group >= 0)]
