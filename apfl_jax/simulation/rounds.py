@@ -96,7 +96,7 @@ class Simulator(NamedTuple):
     advance: (state, inputs, work) -> (State, RoundMetrics [chunk, ...]); the state is donated. The work is a number of
       rounds int32 [] <= chunk; on a virtual clock it is `Batches`, and metrics are those of its batches, [D, ...].
     work: of the shapes that `advance` takes.
-    schedule: (presence, seed, settings, round, rounds <= chunk) -> (presence, ids int32 [chunk, K], ok [chunk, K]), the
+    cohorts: (presence, seed, settings, round, rounds <= chunk) -> (presence, ids int32 [chunk, K], ok [chunk, K]), the
       cohorts of the coming rounds; `presence` is the state of the population process before and after them.
     score_global: (state, inputs, rows [R], ok [R]) -> Scores of the global model, `pooled` left at zeros.
     score_pooled: (state, inputs, classes bool [C]) -> float32 [C, C], the global model on the pooled test examples,
@@ -119,7 +119,7 @@ class Simulator(NamedTuple):
   init: Callable[[Inputs], State]
   advance: Any  # a jitted function: the memory plan lowers it
   work: Any
-  schedule: Callable[[PyTree, Array, PyTree, Array, Array], tuple[PyTree, Array, Array]]
+  cohorts: Callable[[PyTree, Array, PyTree, Array, Array], tuple[PyTree, Array, Array]]
   score_global: Callable[[State, Inputs, Array, Array], Scores]
   score_pooled: Callable[[State, Inputs, Array], Array]
   score_personal: Callable[..., Scores]
@@ -424,7 +424,7 @@ def simulator(
     return state, record
 
   @compiled
-  def schedule(
+  def cohorts(
     presence: PyTree, seed: Array, settings: PyTree, now: Array, rounds: Array
   ) -> tuple[PyTree, Array, Array]:
     _, process = build(settings)
@@ -527,7 +527,7 @@ def simulator(
     init=compiled(init),
     advance=advance,
     work=blank_batches(layout) if layout else np.int32(0),
-    schedule=schedule,
+    cohorts=cohorts,
     score_global=score_global,
     score_pooled=score_pooled,
     score_personal=score_personal,

@@ -68,7 +68,7 @@ class Result(NamedTuple):
   dropped: np.ndarray
   global_scores: Scores | None
   personal_scores: Scores
-  plan: memory.Plan
+  plan: memory.MemoryPlan
   pooled_confusion: Callable[[np.ndarray], np.ndarray] | None
 
 

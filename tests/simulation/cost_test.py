@@ -88,7 +88,7 @@ def _result(rows, scored, name):
   times = np.array([3, 0, 1, 0, 0, 1])
   state = State(jnp.int32(3), (), (), jnp.asarray(times), (), ())
   scores = simulation.Scores(blank, blank)
-  plan = memory.Plan(*[0] * len(memory.Plan._fields))
+  plan = memory.MemoryPlan(*[0] * len(memory.MemoryPlan._fields))
   return Result(
     state, record, np.array(rows), np.zeros(0), 0, times + 1, np.zeros(6, bool), None, scores, plan, None
   ), times

@@ -289,6 +289,10 @@ def test_the_histogram_and_the_traffic_count_what_happened():
     for t in made.seconds
   ]
   np.testing.assert_allclose(made.traffic(down, up), expected)
+  assert made.starts.sum() * down + np.count_nonzero(made.group >= 0) * up == expected[-1]
+  cut = _play(4, clock="synchronous", over_selection=0.8, rounds=5, cohort_size=4)
+  np.testing.assert_array_equal(cut.starts, np.bincount(cut.client, minlength=N))
+  assert cut.starts.sum() == 5 * 8 and np.count_nonzero(cut.group >= 0) == 5 * 4
 
 
 @functools.cache
