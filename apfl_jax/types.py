@@ -94,8 +94,7 @@ class Visit(NamedTuple):
 
   Attributes:
     id: int32, for keys and for a server's tables; a method does not branch on it.
-    round: int32, the round in which its upload is due; on an asynchronous clock a later one where its last visit had
-      that round, so that it is another at every visit.
+    round: int32, the round in which its upload is due; on an asynchronous clock a client may come twice in one.
     times: int32, rounds it took part in before this one.
     staleness: int32, server versions between its download and the aggregation of its upload. A round makes one; on an
       asynchronous clock each upload that arrives does.

@@ -330,6 +330,7 @@ def clock(wanted: Wanted) -> Iterator[Case]:
   """
   settings: dict[str, Any] = {
     "algorithm": "fedasync",
+    "settings": {"max_staleness": 100_000},  # all that arrives is mixed in
     "model": "mlp",
     "num_clients": 10_000,
     "cohort_size": 1000,

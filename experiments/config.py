@@ -8,7 +8,7 @@ import dataclasses
 import os
 import sys
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,13 @@ from apfl_jax.training.augment import AUGMENTATIONS
 
 _PLACES = ("auto", *simulation.PLACES)
 PARTITIONS = ("iid", "dirichlet", "pathological", "clustered")
+# Only a virtual clock reads them; then they are parts of its schedule, as those below them are.
+_OF_TIME = ("step_seconds", "bandwidth", "duration_jitter", "round_seconds", "speed", "speed_spread")
+_OF_A_SCHEDULE = (
+  *_OF_TIME,
+  *("concurrency", "over_selection", "deadline", "max_staleness", "server_wait"),
+  *("dropout", "drop_rate", "leave_at", "off_rounds", "day_rounds", "regions", "trace", "trace_round"),
+)
 # May differ when a run is continued.
 _NOT_OF_A_RUN = ("workdir", "progress", "data_on", "client_state", "memory_limit")
 
@@ -95,7 +102,9 @@ class Config:
     0.0, "standard deviation of the logarithm of what a visit's duration is multiplied by", least=0, most=4
   )
   round_seconds: float = _setting(
-    0.0, "virtual seconds of a round of the availability processes; 0 for the mean visit at speed 1", least=0
+    0.0,
+    "virtual seconds of a round of the availability processes; 0 for a round of the run if all were always there",
+    least=0,
   )
   max_staleness: int = _setting(0, "server versions that an upload may be behind and still arrive; 0 for any", least=0)
   schedule: str = _setting("", "schedule.npz of a run, to be replayed by a run of the same clock and sizes")
@@ -181,9 +190,9 @@ class Config:
       raise InputError(f"speed_spread: got {self.speed_spread:g} with --speed=uniform, accepted is less than 1")
     if self.schedule:
       object.__setattr__(self, "schedule", os.path.abspath(os.path.expanduser(self.schedule)))
-    self._check_clock()
     if self.cohort_size > self.num_clients:
       raise InputError(f"cohort_size: got {self.cohort_size}, accepted is 0 (all) to num_clients={self.num_clients}")
+    self._check_clock()
 
   def _check_clock(self) -> None:
     """Raises InputError for a setting that the clock does not read."""
@@ -321,12 +330,31 @@ def from_flags(**given: Any) -> Config:
 
 
 def note_unused(methods: Collection[str]) -> None:
-  """Tells of flags that are settings of other methods and wrappers."""
+  """Tells of flags that are settings of other methods and wrappers, and what `notes_on_time` has to tell."""
   used = (*methods, *_listed(flags.FLAGS.wrappers))
   for other in (*algorithms.METHODS, *algorithms.WRAPPERS):
     for name in algorithms.settings(other) if other not in used else ():
       if flags.FLAGS[f"{other}_{name}"].present:
         print(f"note: --{other}_{name} has no effect on {', '.join(used)}", file=sys.stderr)
+  for note in notes_on_time(methods, flags.FLAGS.flag_values_dict()):
+    print(f"note: {note}", file=sys.stderr)
+
+
+def notes_on_time(methods: Collection[str], values: Mapping[str, Any]) -> list[str]:
+  """Lines on flags that have no effect on or without a clock, or one that nobody wants; `values` of flags by name."""
+  defaults = {field.name: field.default for field in fields()}
+  changed = lambda names: [name for name in names if values[name] != defaults[name]]
+  if values["schedule"]:
+    return [f"--{name} has no effect with --schedule, which says who comes when" for name in changed(_OF_A_SCHEDULE)]
+  if values["clock"] == "rounds":
+    return [f"--{name} has no effect with --clock=rounds, which has no time" for name in changed(_OF_TIME)]
+  at_work = values["concurrency"] or values["cohort_size"] or values["num_clients"]
+  if "fedasync" in methods and values["clock"] == "asynchronous" and at_work - 1 > values["fedasync_max_staleness"]:
+    return [
+      f"--fedasync_max_staleness={values['fedasync_max_staleness']} leaves out most uploads: with {at_work} clients at"
+      f" work they are {at_work - 1} versions late on average"
+    ]
+  return []
 
 
 def table_of_methods() -> str:

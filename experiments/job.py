@@ -67,6 +67,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None, *, batch_width:
     batch_width: visits of the asynchronous clock computed together, at most; 0 for what fits its schedule.
   """
   simulation.resolve(config.client_map)
+  if config.clock != "rounds" and jax.process_count() > 1:
+    raise InputError(f"clock: got {config.clock!r} with several processes that share a run; accepted is rounds")
   entry = algorithms.METHODS[config.algorithm]
   if entry.pools and (config.softmax_mask, config.readout) != ("none", "plain"):
     raise InputError(
@@ -85,7 +87,8 @@ def prepare(config: Config, dataset: data.Dataset | None = None, *, batch_width:
 
   names, rates = config.processes
   facts = _facts(config)
-  gone = _departed(config, facts)
+  replayed = _replayed(config)
+  gone = replayed.gone if replayed else _departed(config, facts)
   if gone.all():
     raise InputError(
       f"drop_rate: got {config.drop_rate} with --dropout={config.dropout}, which leaves none of the"
@@ -180,8 +183,14 @@ def prepare(config: Config, dataset: data.Dataset | None = None, *, batch_width:
   server = jax.eval_shape(lambda i: build(i.settings)[0].init(jax.random.key(0)), inputs)
   masked = (config.softmax_mask, config.readout) != ("none", "plain")
   traffic = simulation.traffic(build, inputs, server, num_classes if masked else 0)
-  made = _schedule(config, build, task, inputs, traffic)
+  made = replayed or _schedule(config, build, task, inputs, traffic)
   clock = simulation.batches.plan(made, batch_width) if made else None
+  if made:
+    if still := np.count_nonzero(gone & ~made.gone):
+      print(
+        f"note: the run ends at virtual second {made.seconds[-1]:.6g}, before {still} clients leave", file=sys.stderr
+      )
+    gone = made.gone
   simulator = simulation.simulator(
     build,
     inputs,
@@ -198,6 +207,14 @@ def prepare(config: Config, dataset: data.Dataset | None = None, *, batch_width:
   return Job(config, dataset, verified, federation, inputs, build, task, simulator, gone, traffic, clock)
 
 
+def _replayed(config: Config) -> simulation.schedule.Schedule | None:
+  """The schedule that is read from a file; None where none is."""
+  if not config.schedule:
+    return None
+  size = config.cohort_size or config.num_clients
+  return simulation.schedule.load(Path(config.schedule), config.clock, config.num_clients, size, config.rounds)
+
+
 def _schedule(
   config: Config,
   build: Callable[[PyTree], tuple[Algorithm, Process]],
@@ -205,14 +222,10 @@ def _schedule(
   inputs: simulation.Inputs,
   traffic: tuple[int, int],
 ) -> simulation.schedule.Schedule | None:
-  """Who starts and ends when, drawn or read; None for rounds."""
+  """Who starts and ends when; None for rounds."""
   if config.clock == "rounds":
     return None
-  if jax.process_count() > 1:
-    raise InputError(f"clock: got {config.clock!r} with several processes that share a run; accepted is rounds")
   size = config.cohort_size or config.num_clients
-  if config.schedule:
-    return simulation.schedule.load(Path(config.schedule), config.clock, config.num_clients, size, config.rounds)
   federation = inputs.federation
   steps = jax.jit(lambda settings, sizes: training.num_steps(task(settings).sgd, sizes))
   compute = np.zeros(config.num_clients)
@@ -226,13 +239,18 @@ def _schedule(
     over_selection=config.over_selection,
     deadline=config.deadline,
     jitter=config.duration_jitter,
-    round_seconds=config.round_seconds or download + compute.mean() + upload or 1.0,
+    round_seconds=config.round_seconds,
     max_staleness=config.max_staleness,
   )
   process = lambda traced: build(traced)[1]
-  return simulation.schedule.make(
-    process, inputs.settings, config.seed, settings, compute, download=download, upload=upload
-  )
+  moving = {"download": download, "upload": upload}
+  made = simulation.schedule.make(process, inputs.settings, config.seed, settings, compute, **moving)
+  if config.clock == "asynchronous":
+    # Batches are as wide under every seed, for their width is a shape: as those of seed 0 if clients were alike.
+    alike = np.full(config.num_clients, compute.mean())
+    usual = simulation.schedule.undisturbed(process, inputs.settings, 0, settings, alike, **moving)
+    made = made._replace(width=simulation.batches.fitting(usual))
+  return made
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -549,8 +567,10 @@ def _reweighted(result: simulation.Result, histogram: np.ndarray) -> np.ndarray:
 def _prices(job: Job, result: simulation.Result) -> simulation.Prices:
   config = job.config
   offsets = len(job.dataset.class_names) if (config.softmax_mask, config.readout) != ("none", "plain") else 0
-  together = 1 if config.clock == "asynchronous" else job.simulator.cohort_size
-  return simulation.prices(job.build, job.inputs, result.state.server, config.server_wait, offsets, together)
+  aggregations = (config.cohort_size or config.num_clients) if config.clock == "asynchronous" else 0
+  together = 1 if aggregations else job.simulator.cohort_size
+  server = result.state.server
+  return simulation.prices(job.build, job.inputs, server, config.server_wait, offsets, together, aggregations)
 
 
 def _summary(
@@ -605,9 +625,7 @@ def _summary(
     "recall": {"global_model": global_recall, "personal": metrics.fairness.classes(arrays["personal_recall"])},
     "unseen": unseen,
     "verification": _verification(job, result),
-    "cost": simulation.cost(
-      prices, result, job.inputs, generates=generates, one_by_one=config.clock == "asynchronous"
-    )._asdict(),
+    "cost": simulation.cost(prices, result, job.inputs, generates=generates)._asdict(),
     "time": _time(job),
     "partition": config.partition,
     "alpha": config.alpha if config.partition == "dirichlet" else None,

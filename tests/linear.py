@@ -3,6 +3,7 @@
 The simulation is not involved: what a method's functions return is put together here, client after client.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,6 +82,7 @@ class Rounds:
     self.server = jax.jit(algorithm.init)(jax.random.key(0))
     self.clients: dict[int, PyTree] = {}
     self._round = 0
+    self._times = Counter[int]()
     self._update = jax.jit(algorithm.local_update)
     self._aggregate = jax.jit(algorithm.aggregate)
 
@@ -99,13 +101,13 @@ class Rounds:
     uploads = []
     for id in ids:
       mine = Download(download.shared, jax.tree.map(lambda x, id=id: x[id], download.own))
-      new = id not in self.clients
-      client = self.algorithm.init_client(mine, jax.random.key(id)) if new else self.clients[id]
+      client = self.algorithm.init_client(mine, jax.random.key(id)) if id not in self.clients else self.clients[id]
       key = jax.random.fold_in(jax.random.key(self._round), id)
-      circumstances = visit(id, round=self._round, times=0 if new else 1, work=(work or {}).get(id, 1.0), wait=wait)
+      circumstances = visit(id, round=self._round, times=self._times[id], work=(work or {}).get(id, 1.0), wait=wait)
       size = (sizes or {}).get(id)
       self.clients[id], upload = self._update(mine, client, data(id, size), circumstances, key)
       uploads.append(upload)
+      self._times[id] += 1
     arrived = jnp.asarray([id not in lost for id in ids])
     weights = [jnp.where(a, u.weight, 0.0) for a, u in zip(arrived, uploads, strict=True)]
     weighted = [jax.tree.map(lambda x, w=w: w * x, u.update) for w, u in zip(weights, uploads, strict=True)]

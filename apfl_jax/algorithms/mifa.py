@@ -12,7 +12,7 @@ some never do here, or counts a client never heard of as U_i = 0 [C], which shor
 such clients. Here the mean is over the clients heard of so far [O]; once everybody has come it is the paper's.
 
 If an upload is lost the server still has the client's older update, which the client cannot know; so the server tells
-each client the round of its last upload that arrived (four bytes), and a client keeps two updates, the one known to
+each client the number of its last upload that arrived (four bytes), and a client keeps two updates, the one known to
 have arrived and the one sent last. The paper knows of no losses [O].
 """
 
@@ -33,7 +33,7 @@ class Server(NamedTuple):
   Attributes:
     params: the global model.
     memory: the sum of all clients' last updates that arrived.
-    heard: int32 [N], the round of each client's last upload that arrived; -1 for none.
+    heard: int32 [N], the number of each client's last upload that arrived, from 0; -1 for none.
   """
 
   params: Params
@@ -47,12 +47,12 @@ class Client(NamedTuple):
   Attributes:
     known: its last update known to have arrived.
     sent: its last update.
-    round: int32 [], when that was sent.
+    number: int32 [], how many visits there were before that one.
   """
 
   known: Params
   sent: Params
-  round: Array
+  number: Array
 
 
 def mifa(task: Task) -> Algorithm:
@@ -69,14 +69,14 @@ def mifa(task: Task) -> Algorithm:
     return Client(nothing, nothing, jnp.int32(-2))
 
   def local_update(download, client, data, visit, key):
-    arrived = download.own == client.round
+    arrived = download.own == client.number
     known = jax.tree.map(lambda sent, known: jnp.where(arrived, sent, known), client.sent, client.known)
     steps = training.num_steps(task.sgd, data.train.size, visit.work)
     params = training.local_sgd(task, loss, download.shared, data, steps, key)
     delta = optax.tree.sub(params, download.shared)
-    round = jnp.where(data.train.size > 0, visit.round, -1)  # without examples it is not heard of
-    upload = Upload(optax.tree.sub(delta, known), training.weight(uniform, data.train.size), kept=round)
-    return Client(known, delta, visit.round), upload
+    number = jnp.where(data.train.size > 0, visit.times, -1)  # without examples it is not heard of
+    upload = Upload(optax.tree.sub(delta, known), training.weight(uniform, data.train.size), kept=number)
+    return Client(known, delta, visit.times), upload
 
   def aggregate(server, received, key):
     memory = optax.tree.add(server.memory, received.total)

@@ -4,7 +4,7 @@ from apfl_jax.simulation import batches, schedule
 from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.client_map import client_map, default_mesh, executed_steps, resolve, spread
 from apfl_jax.simulation.cost import Cost, PerClient, Prices, cost, cost_per_client, prices, traffic
-from apfl_jax.simulation.memory import Plan, check, peak_resident_bytes, plan
+from apfl_jax.simulation.memory import MemoryPlan, check, peak_resident_bytes, plan
 from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Scores, Simulator, simulator
 from apfl_jax.simulation.run import Record, Result, Stopwatch, peak_memory_bytes, run
 from apfl_jax.simulation.schedule import CLOCKS
@@ -16,8 +16,8 @@ __all__ = [
   "Chunks",
   "Cost",
   "Inputs",
+  "MemoryPlan",
   "PerClient",
-  "Plan",
   "Prices",
   "Record",
   "Result",

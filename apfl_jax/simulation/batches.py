@@ -45,6 +45,7 @@ class Cohort(NamedTuple):
     ids: int32.
     ok: bool; the others are nobody.
     round: int32, see `Visit`.
+    number: int32, what keys are made of: another at each visit of a client.
     staleness: int32.
     work: float32.
     wait: int32.
@@ -56,6 +57,7 @@ class Cohort(NamedTuple):
   ids: Any
   ok: Any
   round: Any
+  number: Any
   staleness: Any
   work: Any
   wait: Any
@@ -98,6 +100,7 @@ def blank_batches(layout: Layout) -> Batches:
     ids=whole,
     ok=table(bool),
     round=whole,
+    number=whole,
     staleness=whole,
     work=table(np.float32),
     wait=whole,
@@ -167,21 +170,19 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
 
   Args:
     schedule: who ends when.
-    width: clients a batch, at most; 0 for the power of two next to the mean of what batches could be, at most K. A
-      synchronous round is one batch, whatever it is.
+    width: clients a batch, at most; 0 for the schedule's, or `fitting` where it has none. A synchronous round is one
+      batch, whatever it is.
+
+  Shapes are those of all schedules of such a clock and width, so that another seed compiles nothing.
   """
   alone = schedule.clock == "asynchronous"
-  counted = np.flatnonzero(schedule.group >= 0)
-  order = counted[np.argsort(schedule.group[counted], kind="stable")]
+  order = _order(schedule)
   if alone:
-    most = width or schedule.cohort_size
-    begins = _begins(schedule, order, most)
-    if not width:
-      width = min(schedule.cohort_size, 2 ** round(np.log2(len(order) / len(begins))))
-      begins = _begins(schedule, order, width)
+    width = width or schedule.width or fitting(schedule)
+    begins = _begins(schedule, order, width)
   else:
     begins = np.searchsorted(schedule.group[order], np.arange(len(schedule.seconds)))
-    width = max(1, int(np.diff([*begins, len(order)]).max()))
+    width = schedule.places
   count = len(begins)
   sizes = np.diff([*begins, len(order)])
   batch, place = np.repeat(np.arange(count), sizes), np.arange(len(order)) - np.repeat(begins, sizes)
@@ -192,6 +193,12 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
   read = schedule.read[order]
   nothing = np.zeros(len(order), int)
   slot, versions, seat, seats = _places(read, batch, version, arrives) if alone else (nothing, 1, nothing, 1)
+  if alone:
+    # At most as many versions are read as clients are at work. A lost upload makes none, so that who starts then has
+    # a seat from the last one on, while others have theirs.
+    versions, needed, seats = schedule.places, seats, schedule.places
+    while seats < needed or seats == versions and not arrives.all():
+      seats *= 2
   by_read = np.argsort(read, kind="stable") if alone else nothing[:0]
   upto = np.searchsorted(read[by_read], version, side="right")
   before = np.searchsorted(read[by_read], 0, side="right")
@@ -206,6 +213,7 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
     ids=column("client"),
     ok=table(np.ones(len(order), bool)),
     round=column("round"),
+    number=column("number"),
     staleness=column("staleness"),
     work=column("work"),
     wait=column("wait"),
@@ -229,6 +237,20 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
   per_round = schedule.cohort_size if alone else width
   dispatch = int(np.clip(4096 // width, 1, 256))
   return Plan(schedule, Layout(alone, width, dispatch, versions, seats), whole, offsets, per_round)
+
+
+def fitting(schedule: Schedule) -> int:
+  """A width for batches: the power of two next to the mean of what they could be, at most K."""
+  order = _order(schedule)
+  return min(
+    schedule.cohort_size, 2 ** round(np.log2(len(order) / len(_begins(schedule, order, schedule.cohort_size))))
+  )
+
+
+def _order(schedule: Schedule) -> np.ndarray:
+  """int64 [E]: the visits that are aggregated, as they are."""
+  counted = np.flatnonzero(schedule.group >= 0)
+  return counted[np.argsort(schedule.group[counted], kind="stable")]
 
 
 def _begins(schedule: Schedule, order: np.ndarray, width: int) -> np.ndarray:

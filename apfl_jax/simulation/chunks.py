@@ -62,7 +62,7 @@ class Chunks:
     if self._plan is not None:
       return self._plan.cohorts(begin, begin + rounds)
     numbers = self._simulator.place((np.int32(begin), np.int32(rounds)))
-    self._presence, ids, ok = self._simulator.schedule(self._presence, self.inputs.seed, self.inputs.settings, *numbers)
+    self._presence, ids, ok = self._simulator.cohorts(self._presence, self.inputs.seed, self.inputs.settings, *numbers)
     return np.asarray(ids), np.asarray(ok)
 
   def _gather(self, cohorts: Any) -> Any:

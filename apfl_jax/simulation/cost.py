@@ -5,7 +5,7 @@ personalisation, evaluation. Seconds and memory are measured, in timings.jsonl: 
 seconds cannot be told apart by part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -19,7 +19,7 @@ from apfl_jax.training.evaluation import BATCH
 from apfl_jax.types import Algorithm, Data, Process, PyTree, Received, Span, Visit
 
 _PRICED = 32  # client sizes that are priced; those between are interpolated
-_FOLLOWED = 1000  # aggregations, one after another
+_FOLLOWED = 1000  # aggregations, one after another, or several that are alike
 
 
 class Prices(NamedTuple):
@@ -29,9 +29,9 @@ class Prices(NamedTuple):
     local_update: float [N], operations of a client's local training, by row.
     personalize: float [N], operations of making its personal model.
     aggregate: operations of the server on one round's uploads, where nothing known tells that it does less.
-    server: (n) -> operations of the server in its first n aggregations. One that counts its rounds does not pay for
-      those in which a branch leaves its generator as it is (warm-up, cadence): the count is followed from `init` on.
-      Branches that hang on data count as the dearest.
+    server: (uploads that arrived in each round) -> operations of the server. One that counts its rounds, or is told
+      them, does not pay for those in which a branch leaves its generator as it is (warm-up, cadence): the count is
+      followed from `init` on. Branches that hang on data count as the dearest.
     score_global: operations of the global model's answers to a batch of `BATCH` images; 0 without a global model.
     score_personal: those of a personal model's.
     upload: bytes that a client sends.
@@ -42,7 +42,7 @@ class Prices(NamedTuple):
   local_update: np.ndarray
   personalize: np.ndarray
   aggregate: float
-  server: Callable[[int], float]
+  server: Callable[[Sequence[int]], float]
   score_global: float
   score_personal: float
   upload: int
@@ -56,13 +56,13 @@ class Cost(NamedTuple):
   No operation counts twice: their sum is the run's.
 
   Attributes:
-    local_flops: training on clients, all rounds.
+    local_flops: training on clients, all visits that began, each whole.
     generator_flops: what a server that learns to draw examples or features computes in `aggregate`, in the rounds in
       which it does; None for other methods.
     server_flops: what any other server computes there; None where it computes no matrix product.
     personalize_flops: making the personal models of the clients scored at the end.
     evaluation_flops: scoring models, and making personal models before the end, which are made to be scored.
-    bytes_up: uploads of all clients that started, lost ones included.
+    bytes_up: uploads, lost ones included; of visits that were cut off or not over there is none.
     bytes_down: what clients that started, and clients personalised at the end, read of the download.
     generator_share: of the operations without evaluation; None without a generator.
     break_even_rounds: bytes that a returning client reads to personalise, in rounds of its traffic: if it is spared
@@ -103,6 +103,7 @@ def prices(
   wait: int = 0,
   num_offsets: int = 0,
   cohort_size: int = 1,
+  aggregations: int = 0,
 ) -> Prices:
   """Prices a method by tracing its functions; nothing is compiled or run.
 
@@ -112,7 +113,8 @@ def prices(
     server: the method's, or its shapes.
     wait: idle local steps of a visit, which some methods use.
     num_offsets: length of `Data.logit_offset`, C; 0 for None.
-    cohort_size: K, uploads that the server gets in a round.
+    cohort_size: K, uploads that the server gets in a call of `aggregate`.
+    aggregations: how many calls of it make a round where each upload is aggregated by itself; 0 where a round is one.
   """
   arguments, local_update, personalize, global_model = _on_a_client(build, inputs, server, wait, num_offsets)
   settings, key = arguments(1, 1)[0], arguments(1, 1)[-1]
@@ -147,19 +149,34 @@ def prices(
     staleness=abstract((cohort_size,), jnp.int32),
   )
 
-  def served(aggregations: int) -> float:
+  told = ledger.follower(lambda *given: local_update(*given)[1].kept, *arguments(1, 1))
+  in_round = lambda round: jax.tree.leaves(told(*arguments(1, 1, round))[1])
+  by_round = [not _same(*pair) for pair in zip(in_round(0), in_round(1), strict=True)]
+
+  def received_in(round: int) -> Received:
+    """Of what the server gets client by client, known is what hangs on the round."""
+    if not any(by_round):
+      return received
+    rows, structure = jax.tree.flatten(received.kept)
+    given = zip(rows, in_round(round), by_round, strict=True)
+    values = [np.broadcast_to(x, row.shape) if known else row for row, x, known in given]
+    return received._replace(kept=jax.tree.unflatten(structure, values))
+
+  def served(arrived: Sequence[int]) -> float:
     follow = ledger.follower(aggregate, inputs.settings, server, received, key)
     init = ledger.follower(lambda settings, key: build(settings)[0].init(key), inputs.settings, key)
     _, known = init(inputs.settings, key)
+    alike = _alike(np.asarray(arrived) if aggregations else np.minimum(arrived, 1), max(aggregations, 1))
     each: list[float] = []
-    while len(each) < min(aggregations, _FOLLOWED):
-      operations, after = follow(inputs.settings, known, received, key)
-      each.append(operations)
-      if _same(after, known):
-        return sum(each) + (aggregations - len(each)) * operations
-      known = after
+    for round, count in alike[:_FOLLOWED]:
+      operations, after = follow(inputs.settings, known, received_in(round), key)
+      each += [operations] * count
+      if _same(after, known) and not any(by_round):
+        return sum(each) + (sum(count for _, count in alike) - len(each)) * operations
+      known = _further(known, after, count)
     # The rest cost what the later half of these did: by then warm-ups are over.
-    return sum(each) + (aggregations - len(each)) * float(np.mean(each[len(each) // 2 :] or 0.0))
+    rest = sum(count for _, count in alike[_FOLLOWED:])
+    return sum(each) + rest * float(np.mean(each[len(each) // 2 :] or 0.0))
 
   images = jax.ShapeDtypeStruct((BATCH, *federation.store.images.shape[1:]), jnp.float32)
   score = lambda model: 0.0 if model is None else ledger.flops(answer, settings, model, images)
@@ -188,8 +205,8 @@ def traffic(
 
 def _on_a_client(
   build: Callable[[PyTree], tuple[Algorithm, Process]], inputs: Inputs, server: PyTree, wait: int, num_offsets: int
-) -> tuple[Callable[[int, int], tuple], Callable, Callable, PyTree]:
-  """((train size, validation size) -> arguments, local_update and personalize of these, shapes of the global model)."""
+) -> tuple[Callable[..., tuple], Callable, Callable, PyTree]:
+  """((train size, validation size, round) -> arguments, local_update, personalize, shapes of the global model)."""
 
   # Under jit each is traced once, however often the ledger asks.
   @jax.jit
@@ -211,12 +228,12 @@ def _on_a_client(
 
   download, client, global_model = jax.eval_shape(around, settings, _shapes(server), key)
 
-  def arguments(size: int, validation: int) -> tuple:
+  def arguments(size: int, validation: int, round: int = 0) -> tuple:
     # Numbers are known to the ledger; traced and abstract values are not.
     number: Any = np.int32
     zero, whole = number(0), np.float32(1)
     spans = Span(zero, number(size)), Span(zero, number(validation))
-    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=cast(Any, whole), wait=number(wait))
+    visit = Visit(id=zero, round=number(round), times=zero, staleness=zero, work=cast(Any, whole), wait=number(wait))
     offset: Any = jax.ShapeDtypeStruct((num_offsets,), jnp.float32) if num_offsets else None
     return settings, download, client, Data(store, *spans, offset), visit, key
 
@@ -234,7 +251,33 @@ def _same(a: PyTree, b: PyTree) -> bool:
   return all(unknown(x) and unknown(y) or not unknown(x) and not unknown(y) and np.array_equal(x, y) for x, y in pairs)
 
 
-def cost(prices: Prices, result: Result, inputs: Inputs, *, generates: bool, one_by_one: bool) -> Cost:
+def _alike(calls: Iterable[int], whole: int) -> list[tuple[int, int]]:
+  """Calls of `aggregate` in each round -> (round, how many) of those one after another that do the same.
+
+  A server may do something else in a call that begins a round, or that ends `whole` calls since its first.
+  """
+  runs, done = [], 0
+  for round, count in enumerate(calls):
+    first, end = done, done + int(count)
+    while done < end:
+      left = whole - 1 - done % whole  # until the last of them
+      runs.append((round, 1 if done == first or not left else min(left, end - done)))
+      done += runs[-1][1]
+  return runs
+
+
+def _further(before: PyTree, after: PyTree, times: int) -> PyTree:
+  """What is known after as many calls, from before the first and after it: what it counted, they all count."""
+
+  def each(a: Any, b: Any) -> Any:
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in (a, b)) or b.dtype == bool or np.array_equal(a, b):
+      return b
+    return (b + (times - 1) * (b - a)).astype(b.dtype)
+
+  return jax.tree.map(each, before, after)
+
+
+def cost(prices: Prices, result: Result, inputs: Inputs, *, generates: bool) -> Cost:
   """What a run cost in all.
 
   Args:
@@ -242,10 +285,9 @@ def cost(prices: Prices, result: Result, inputs: Inputs, *, generates: bool, one
     result: the run's.
     inputs: the run's.
     generates: whether the server trains a generator.
-    one_by_one: whether each upload was aggregated by itself, and not with those of its round.
   """
   arrived = result.record.arrived
-  server = prices.server(sum(arrived) if one_by_one else sum(uploads > 0 for uploads in arrived))
+  server = prices.server(arrived)
   each = cost_per_client(prices, result)
   batches = lambda size: (np.asarray(size) + BATCH - 1) // BATCH
   tests, pooled = int(batches(inputs.federation.test.size)[result.rows].sum()), int(batches(inputs.pooled.size))
@@ -274,12 +316,12 @@ def cost(prices: Prices, result: Result, inputs: Inputs, *, generates: bool, one
 
 def cost_per_client(prices: Prices, result: Result) -> PerClient:
   """What each client's part was, by row."""
-  times = np.asarray(result.state.times).astype(float)
+  times, starts = np.asarray(result.state.times).astype(float), np.asarray(result.starts).astype(float)
   scored = np.zeros(len(times))
   scored[result.rows] = 1.0
   return PerClient(
-    local_flops=prices.local_update * times,
+    local_flops=prices.local_update * starts,
     personalize_flops=prices.personalize * scored,
     bytes_up=prices.upload * times,
-    bytes_down=prices.read_locally * times + prices.read_personally * scored,
+    bytes_down=prices.read_locally * starts + prices.read_personally * scored,
   )

@@ -28,7 +28,7 @@ class Need(NamedTuple):
   by_client: bool
 
 
-class Plan(NamedTuple):
+class MemoryPlan(NamedTuple):
   """What a run will hold at its fullest.
 
   Attributes:
@@ -66,7 +66,7 @@ class Plan(NamedTuple):
     )
 
 
-def plan(staging: Staging, rounds: int, keeping: bool = False) -> tuple[Plan, Any]:
+def plan(staging: Staging, rounds: int, keeping: bool = False) -> tuple[MemoryPlan, Any]:
   """Compiles the chunk of rounds and adds up what XLA's analysis of it, this process and the run's arrays say.
 
     device = examples + index, ids and spans + client rows + server and history, seed and settings
@@ -124,10 +124,10 @@ def plan(staging: Staging, rounds: int, keeping: bool = False) -> tuple[Plan, An
   devices = jax.local_devices()
   needs = [Need("device", *line) for line in device] + [Need("host", *line) for line in host]
   local = len(staging.mesh.local_devices) if staging.mesh else 1
-  return Plan(tuple(needs), local, devices[0].platform == "cpu", peak_resident_bytes()), compiled
+  return MemoryPlan(tuple(needs), local, devices[0].platform == "cpu", peak_resident_bytes()), compiled
 
 
-def check(plan: Plan, num_clients: int, limit: int = 0) -> None:
+def check(plan: MemoryPlan, num_clients: int, limit: int = 0) -> None:
   """Refuses a plan that the machine has no room for.
 
   Args:

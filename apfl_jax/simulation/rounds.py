@@ -96,7 +96,7 @@ class Simulator(NamedTuple):
     advance: (state, inputs, work) -> (State, RoundMetrics [chunk, ...]); the state is donated. The work is a number of
       rounds int32 [] <= chunk; on a virtual clock it is `Batches`, and metrics are those of its batches, [D, ...].
     work: of the shapes that `advance` takes.
-    schedule: (presence, seed, settings, round, rounds <= chunk) -> (presence, ids int32 [chunk, K], ok [chunk, K]), the
+    cohorts: (presence, seed, settings, round, rounds <= chunk) -> (presence, ids int32 [chunk, K], ok [chunk, K]), the
       cohorts of the coming rounds; `presence` is the state of the population process before and after them.
     score_global: (state, inputs, rows [R], ok [R]) -> Scores of the global model, `pooled` left at zeros.
     score_pooled: (state, inputs, classes bool [C]) -> float32 [C, C], the global model on the pooled test examples,
@@ -119,7 +119,7 @@ class Simulator(NamedTuple):
   init: Callable[[Inputs], State]
   advance: Any  # a jitted function: the memory plan lowers it
   work: Any
-  schedule: Callable[[PyTree, Array, PyTree, Array, Array], tuple[PyTree, Array, Array]]
+  cohorts: Callable[[PyTree, Array, PyTree, Array, Array], tuple[PyTree, Array, Array]]
   score_global: Callable[[State, Inputs, Array, Array], Scores]
   score_pooled: Callable[[State, Inputs, Array], Array]
   score_personal: Callable[..., Scores]
@@ -245,11 +245,11 @@ def simulator(
     """One visit -> (weight * update, weight, client, kept, arrived); the first two and `kept` 0 if nothing arrived."""
     inputs, history, present = shared
     algorithm, _ = build(inputs.settings)
-    slot, own, row, visit, client, arrives = item
+    slot, own, row, visit, number, client, arrives = item
     download = Download(jax.tree.map(lambda h: h[slot], history), own)
     new = algorithm.init_client(download, random.key(inputs.seed, Purpose.CLIENT, visit.id))
     client = jax.tree.map(lambda a, b: jnp.where(visit.times == 0, a, b), new, client)
-    key = random.key(inputs.seed, Purpose.LOCAL_UPDATE, visit.round, visit.id)
+    key = random.key(inputs.seed, Purpose.LOCAL_UPDATE, number, visit.id)
     data = data_of(inputs.federation, row, present)
     client, upload = algorithm.local_update(download, client, data, visit, key)
     arrived = arrives & _finite((upload.update, upload.weight, upload.kept))
@@ -287,7 +287,7 @@ def simulator(
       wait=cohort.wait,
     )
     mine = jax.tree.map(lambda x: x[row], state.clients)
-    items = (cohort.slot, jax.tree.map(lambda x: x[cohort.own], own), row, visit, mine, cohort.arrives)
+    items = (cohort.slot, jax.tree.map(lambda x: x[cohort.own], own), row, visit, cohort.number, mine, cohort.arrives)
     shared = inputs, history, classes_held(federation, row, ok)
     if alone:
       _, (total, weight, mine, kept, arrived) = over_clients(lambda s, i: ((), client(s, i)))(shared, items, ok)
@@ -381,6 +381,7 @@ def simulator(
       ids=ids,
       ok=ok,
       round=jnp.broadcast_to(now, ids.shape),
+      number=jnp.broadcast_to(now, ids.shape),
       staleness=delay,
       work=there.work,
       wait=there.wait,
@@ -423,7 +424,7 @@ def simulator(
     return state, record
 
   @compiled
-  def schedule(
+  def cohorts(
     presence: PyTree, seed: Array, settings: PyTree, now: Array, rounds: Array
   ) -> tuple[PyTree, Array, Array]:
     _, process = build(settings)
@@ -526,7 +527,7 @@ def simulator(
     init=compiled(init),
     advance=advance,
     work=blank_batches(layout) if layout else np.int32(0),
-    schedule=schedule,
+    cohorts=cohorts,
     score_global=score_global,
     score_pooled=score_pooled,
     score_personal=score_personal,

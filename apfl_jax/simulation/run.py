@@ -50,6 +50,7 @@ class Result(NamedTuple):
     rows: int32 [R], the federation rows that were scored.
     presence_ids: int32 [N'], the ids of the presence map.
     restored: how many of the timings come from earlier processes of this run.
+    starts: int [N] by row, visits begun; on a virtual clock also those that were cut off or not over when it ended.
     dropped: bool [N] by row, never took part or left for good.
     global_scores: Scores [R] of the global model on the clients' own test examples; None where the method has none.
     personal_scores: Scores [R] of the personal models.
@@ -63,10 +64,11 @@ class Result(NamedTuple):
   rows: np.ndarray
   presence_ids: np.ndarray
   restored: int
+  starts: np.ndarray
   dropped: np.ndarray
   global_scores: Scores | None
   personal_scores: Scores
-  plan: memory.Plan
+  plan: memory.MemoryPlan
   pooled_confusion: Callable[[np.ndarray], np.ndarray] | None
 
 
@@ -223,7 +225,8 @@ def run(
   assert own is not None
   confusion = partial(pooled_confusion, state) if simulator.has_global_model else None
   state = state._replace(times=jnp.asarray(staging.times))
-  return Result(state, record, rows, presence_ids, restored, dropped, shared, own, plan, confusion)
+  starts = staging.times if clock is None else clock.schedule.starts[np.asarray(federation.id)]
+  return Result(state, record, rows, presence_ids, restored, starts, dropped, shared, own, plan, confusion)
 
 
 def _line(

@@ -1,6 +1,7 @@
 """The virtual clock: who starts and ends when, on which version of the server, before anything is trained.
 
-A visit takes download + steps * seconds a step / speed + upload virtual seconds, times a log-normal factor of mean 1.
+A visit takes download + steps * work * seconds a step / speed + upload virtual seconds, where work is the share of its
+steps that it does, times a log-normal factor of mean 1.
   synchronous   a round starts ceil(K (1 + o)) clients; it ends when K uploads have arrived, when nobody is left to wait
                 for, or at the deadline. Who is later is cut off: it keeps nothing and is not computed.
   asynchronous  `concurrency` clients are at work; when one ends, its upload is aggregated by itself, and the next
@@ -9,7 +10,8 @@ A visit takes download + steps * seconds a step / speed + upload virtual seconds
 The availability processes are in round floor(time / round_seconds). Each such round has its keyed order of clients;
 the next to start is the first along it that is present and not at work, and who ends joins at the order's end. A client
 that is away at its start is not drawn; one that is away at its end, or whose upload the process loses, has worked and
-is not heard of [O].
+is not heard of [O]. Unless told otherwise a round of theirs is a T-th of what the run would take if all were always
+there, so that what they do by shares of the run's rounds happens at those shares of the run [O].
 
 A schedule is a pure function of the seed, the process, speeds, sizes and costs: neither devices nor batches nor what is
 learnt change it.
@@ -35,6 +37,7 @@ from apfl_jax.types import Array, Availability, Process, PyTree
 CLOCKS = ("rounds", "synchronous", "asynchronous")
 _BLOCK = 4096  # visits whose durations are drawn in a call
 _PATIENCE = 10_000  # rounds of the process in a row in which nobody is there
+_USUAL = 20_000  # visits, of which the length of a round is taken
 _ROUNDING = 1e-9  # of a round: sums of durations that should be whole may fall short of it
 
 
@@ -49,7 +52,7 @@ class Settings(NamedTuple):
     over_selection: o, share of clients that a synchronous round starts beyond K.
     deadline: virtual seconds after which a synchronous round ends; 0 for none.
     jitter: standard deviation of the logarithm of a visit's factor.
-    round_seconds: length of a round of the availability processes, above 0.
+    round_seconds: length of a round of the availability processes; 0 for a T-th of the run if all were always there.
     max_staleness: versions that an upload may be behind; older ones do not arrive. 0 for any.
   """
 
@@ -60,7 +63,7 @@ class Settings(NamedTuple):
   over_selection: float = 0.0
   deadline: float = 0.0
   jitter: float = 0.0
-  round_seconds: float = 1.0
+  round_seconds: float = 0.0
   max_staleness: int = 0
 
   @property
@@ -80,6 +83,8 @@ class Schedule(NamedTuple):
     cohort_size: K.
     places: clients at work at a time, at most.
     num_clients: N.
+    width: clients that are computed together on the asynchronous clock, at most; 0 for what fits, see `batches.plan`.
+    gone: bool [N] by id, away for good when the run ends.
     seconds: float64 [T], when each round of K visits is over.
     client: int32 [V].
     start: float64 [V], virtual seconds.
@@ -89,7 +94,8 @@ class Schedule(NamedTuple):
     read: int32 [V], the version that it downloaded.
     staleness: int32 [V], versions between its download and its group.
     arrives: bool [V].
-    round: int32 [V], that of its visit as methods and keys know it: when it is due, but after its client's last one.
+    round: int32 [V], in which it is due.
+    number: int32 [V], what its keys are made of: its round, or where its client had that already the next number.
     work: float32 [V], the share of its steps that it does.
     wait: int32 [V], idle steps.
   """
@@ -98,6 +104,8 @@ class Schedule(NamedTuple):
   cohort_size: int
   places: int
   num_clients: int
+  width: int
+  gone: np.ndarray
   seconds: np.ndarray
   client: np.ndarray
   start: np.ndarray
@@ -107,6 +115,7 @@ class Schedule(NamedTuple):
   staleness: np.ndarray
   arrives: np.ndarray
   round: np.ndarray
+  number: np.ndarray
   work: np.ndarray
   wait: np.ndarray
 
@@ -115,6 +124,11 @@ class Schedule(NamedTuple):
     """Share of the places' time in which nobody was at work, up to the end of the last round."""
     busy = np.minimum(self.end, self.seconds[-1]) - np.minimum(self.start, self.seconds[-1])
     return max(0.0, float(1 - busy.sum() / (self.places * self.seconds[-1])))
+
+  @property
+  def starts(self) -> np.ndarray:
+    """int64 [N] by id: visits begun before the run ends, those cut off and those not over then included."""
+    return np.bincount(self.client[self.start < self.seconds[-1]], minlength=self.num_clients)
 
   def staleness_histogram(self, bins: int = 40) -> dict[str, list[int]]:
     """How stale what arrived was: counts [b], and edges [b + 1], of which a bin holds the lower one."""
@@ -152,17 +166,44 @@ def make(
     upload: seconds.
 
   Raises:
-    InputError: nobody comes any more.
+    InputError: nobody comes any more, or clients download late.
   """
   if settings.clock not in CLOCKS[1:]:
     raise InputError(f"clock: got {settings.clock!r}, accepted are {', '.join(CLOCKS[1:])}")
-  line = _Line(_Presence(process, traced, seed, len(compute), settings.round_seconds), settings)
+  if not settings.round_seconds:
+    ideal = undisturbed(process, traced, seed, settings, compute, download=download, upload=upload)
+    settings = settings._replace(round_seconds=float(ideal.seconds[-1] / len(ideal.seconds)) or 1.0)
+  presence = _Presence(process, traced, seed, len(compute), settings.round_seconds)
+  return _play(presence, seed, settings, compute, download, upload)
+
+
+def undisturbed(
+  process: Callable[[PyTree], Process],
+  traced: PyTree,
+  seed: Array | int,
+  settings: Settings,
+  compute: np.ndarray,
+  *,
+  download: float = 0.0,
+  upload: float = 0.0,
+) -> Schedule:
+  """The same clock, or the beginning of it, if all were there all the time; arguments as of `make`."""
+  rounds = min(settings.rounds, -(-_USUAL // settings.cohort_size))
+  presence = _Presence(process, traced, seed, len(compute), np.inf, always=True)
+  return _play(presence, seed, settings._replace(rounds=rounds), compute, download, upload)
+
+
+def _play(
+  presence: "_Presence", seed: Array | int, settings: Settings, compute: np.ndarray, download: float, upload: float
+) -> Schedule:
+  """Plays the clock for those that are there; arguments as of `make`."""
   most = settings.places + settings.rounds * max(settings.places, settings.cohort_size)
   factor = _factors(seed, most, settings.jitter)
   seconds = lambda visit, id, there: (download + compute[id] * there.work / there.speed + upload) * factor[visit]
   play = _asynchronous if settings.clock == "asynchronous" else _synchronous
-  columns = play(line, settings, lambda visit, id, there: float(seconds(visit, id, there)))
-  return Schedule(settings.clock, settings.cohort_size, settings.places, len(compute), **columns)
+  columns = play(_Line(presence, settings), settings, lambda visit, id, there: float(seconds(visit, id, there)))
+  gone = presence.gone(columns["seconds"][-1])
+  return Schedule(settings.clock, settings.cohort_size, settings.places, len(compute), 0, gone, **columns)
 
 
 def _factors(seed: Array | int, count: int, jitter: float) -> np.ndarray:
@@ -207,58 +248,73 @@ def _ahead(
 
 
 @partial(jax.jit, static_argnums=0)
-def _arriving(process: Any, traced: PyTree, seed: Array, state: PyTree, round: Array, ids: Array) -> Array:
-  there = population.look(process(traced), state, round, ids, seed)
-  return there.present & there.arrives
+def _look(process: Any, traced: PyTree, seed: Array, state: PyTree, round: Array, ids: Array) -> Availability:
+  return population.look(process(traced), state, round, ids, seed)
 
 
 class _Presence:
-  """The population process, looked at for many clients a call."""
+  """The population process, looked at for many clients a call; with `always`, as if all were there all the time."""
 
-  def __init__(self, process: Callable[[PyTree], Process], traced: PyTree, seed: Any, num_clients: int, length: float):
-    self.num_clients, self.length = num_clients, length
+  def __init__(
+    self,
+    process: Callable[[PyTree], Process],
+    traced: PyTree,
+    seed: Any,
+    num_clients: int,
+    length: float,
+    always: bool = False,
+  ):
+    self.num_clients, self.length, self.always = num_clients, length, always
     self._of = process, traced, jnp.uint32(seed)
-    self._start = _start(*self._of)
-    self._states: dict[int, PyTree] = {}
+    self._start = self._now = -1, _start(*self._of)
 
   def round(self, time: float) -> int:
     """The process's round at a time."""
     return int(time / self.length + _ROUNDING)
 
-  def _state(self, round: int) -> PyTree:
-    if round not in self._states:
-      known = max((r for r in self._states if r < round), default=-1)
-      state = self._states[known] if known >= 0 else self._start
-      self._states[round] = _step(*self._of, state, np.int32(known + 1), np.int32(round + 1))
-    return self._states[round]
+  def _stepped(self, known: tuple[int, PyTree], round: int) -> tuple[int, PyTree]:
+    """A round and its state, from one before it or the same."""
+    return round, _step(*self._of, known[1], np.int32(known[0] + 1), np.int32(round + 1))
 
-  def forget(self, round: int) -> None:
-    """No round before this one is asked for any more."""
-    self._state(round)
-    for old in [r for r in self._states if r < round]:
-      del self._states[old]
+  def enter(self, round: int) -> None:
+    """Goes on to a round; none before it may be entered any more."""
+    self._now = self._stepped(self._now, round)
 
-  def order(self, round: int, position: int, count: int) -> deque[tuple[int, _There]]:
-    """The next clients along the order of a round."""
+  def order(self, position: int, count: int) -> deque[tuple[int, _There]]:
+    """The next clients along the order of the round that was entered."""
     positions = position + np.arange(count)
-    given = self._state(round), np.int32(round), np.int32(self.num_clients), positions.astype(np.int32)
+    round, state = self._now
+    given = state, np.int32(round), np.int32(self.num_clients), positions.astype(np.int32)
     ids, there = jax.tree.map(np.asarray, _ahead(*self._of, *given))
     inside = positions < self.num_clients
-    fields = (there.present[inside], there.speed[inside], there.work[inside], there.wait[inside])
+    if there.delay[inside].any():
+      raise InputError(
+        "clock: got clients that download rounds ago (delay), accepted are those that do so at their start"
+      )
+    fields = (there.present[inside] | self.always, there.speed[inside], there.work[inside], there.wait[inside])
     return deque(zip(ids[inside].tolist(), map(_There, *(x.tolist() for x in fields)), strict=True))
 
   def arrives(self, ids: np.ndarray, times: np.ndarray) -> np.ndarray:
     """bool [V]: whether uploads of these clients arrive at these times."""
+    if self.always:
+      return np.ones(len(ids), bool)
     rounds = (np.asarray(times) / self.length + _ROUNDING).astype(np.int64)
     order = np.argsort(rounds, kind="stable")
     found = np.zeros(len(order), bool)
+    at = self._now if len(order) and self._now[0] <= rounds[order[0]] else self._start
     for part in np.split(order, np.flatnonzero(np.diff(rounds[order])) + 1):
       if len(part):
+        at = self._stepped(at, int(rounds[part[0]]))
         padded = np.resize(ids[part], 1 << max(3, (len(part) - 1).bit_length()))  # few shapes, for each is compiled
-        round = int(rounds[part[0]])
-        answers = _arriving(*self._of, self._state(round), np.int32(round), padded.astype(np.int32))
-        found[part] = np.asarray(answers)[: len(part)]
+        there = _look(*self._of, at[1], np.int32(at[0]), padded.astype(np.int32))
+        found[part] = np.asarray(there.present & there.arrives)[: len(part)]
     return found
+
+  def gone(self, time: float) -> np.ndarray:
+    """bool [N] by id: away for good just before a time."""
+    last = max(0, int(np.ceil(time / self.length - _ROUNDING)) - 1)
+    round, state = self._stepped(self._start, last)
+    return np.asarray(_look(*self._of, state, np.int32(round), np.arange(self.num_clients, dtype=np.int32)).gone)
 
 
 class _Line:
@@ -278,13 +334,13 @@ class _Line:
       self._ahead: deque[tuple[int, _There]] = deque()
       self._again: deque[int] = deque()
       self._passed: dict[int, _There] = {}
-      self.presence.forget(round)
+      self.presence.enter(round)
 
   def next(self) -> tuple[int, _There] | None:
     """A client that is there and not at work, who is at work from now on; None where there is none."""
     while True:
       if not self._ahead and self._position < self.presence.num_clients:
-        self._ahead = self.presence.order(self._round, self._position, self._block)
+        self._ahead = self.presence.order(self._position, self._block)
         self._position += self._block
       if self._ahead:
         id, there = self._ahead.popleft()
@@ -327,6 +383,7 @@ _Seconds = Callable[[int, int, _There], float]
 
 
 def _asynchronous(line: _Line, settings: Settings, seconds: _Seconds) -> dict[str, np.ndarray]:
+  """The columns of a schedule, [V] and `seconds` [T]: an upload is a group, until T K of them have ended."""
   total, size = settings.rounds * settings.cohort_size, settings.cohort_size
   rows: list[tuple] = []  # client, start, end, ended before it started, work, wait
   working: list[tuple[float, int]] = []  # (end, visit), a heap
@@ -358,7 +415,7 @@ def _asynchronous(line: _Line, settings: Settings, seconds: _Seconds) -> dict[st
   order = np.array(ended)
   arrives = np.zeros(len(rows), bool)
   arrives[order] = line.presence.arrives(client[order], ends[order])
-  group, staleness, number = np.full(len(rows), -1), np.zeros(len(rows), int), np.zeros(len(rows), int)
+  group, staleness, number = (np.full(len(rows), start) for start in (-1, 0, 0))
   version = np.zeros(total + 1, int)  # after so many visits have ended
   last: dict[int, int] = {}
   for place, visit in enumerate(ended):
@@ -378,13 +435,15 @@ def _asynchronous(line: _Line, settings: Settings, seconds: _Seconds) -> dict[st
     read=version[before],
     staleness=staleness,
     arrives=arrives,
-    round=number,
+    round=np.maximum(group, 0) // size,
+    number=number,
     work=work,
     wait=wait,
   )
 
 
 def _synchronous(line: _Line, settings: Settings, seconds: _Seconds) -> dict[str, np.ndarray]:
+  """The columns of a schedule, [V] and `seconds` [T]: a round is a group, of those who end before it does."""
   rows: list[tuple] = []  # client, start, end, group, version, arrives, round, work, wait
   closes: list[float] = []
   now, version = 0.0, 0
@@ -419,10 +478,11 @@ def _synchronous(line: _Line, settings: Settings, seconds: _Seconds) -> dict[str
       line.back(int(ids[i]))
   names = ("client", "start", "end", "group", "read", "arrives", "round", "work", "wait")
   columns = dict(zip(names, map(np.array, zip(*rows, strict=True)), strict=True))
-  return _columns(seconds=np.array(closes), staleness=np.zeros(len(rows)), **columns)
+  return _columns(seconds=np.array(closes), staleness=np.zeros(len(rows)), number=columns["round"], **columns)
 
 
 def _columns(**columns: np.ndarray) -> dict[str, np.ndarray]:
+  """Columns of any dtypes -> the same in those of a schedule."""
   kinds = {"seconds": np.float64, "start": np.float64, "end": np.float64, "arrives": bool, "work": np.float32}
   return {name: np.asarray(x).astype(kinds.get(name, np.int32)) for name, x in columns.items()}
 
@@ -444,7 +504,7 @@ def load(path: Path, clock: str, num_clients: int, cohort_size: int, rounds: int
   try:
     with np.load(path) as file:
       columns = dict(file)
-    plain = {name: columns.pop(name).item() for name in ("clock", "cohort_size", "places", "num_clients")}
+    plain = {name: columns.pop(name).item() for name in ("clock", "cohort_size", "places", "num_clients", "width")}
     schedule = Schedule(**plain, **columns)
   except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
     reason = next(iter(str(error).splitlines()), type(error).__name__)[:100]

@@ -9,7 +9,8 @@ import pytest
 
 from apfl_jax import metrics
 from apfl_jax.errors import InputError
-from experiments import job
+from apfl_jax.simulation import schedule
+from experiments import config, job
 from experiments.config import Config
 
 BASE = Config(
@@ -83,6 +84,45 @@ def test_a_run_tells_its_time_and_its_schedule_replays_it(tmp_path):
 def test_settings_that_the_clock_does_not_read_are_refused(values, words):
   with pytest.raises(InputError, match=words):
     dataclasses.replace(BASE, **values)
+
+
+def test_a_cohort_larger_than_the_population_is_named():
+  with pytest.raises(InputError, match="cohort_size: got 20, accepted is 0 .all. to num_clients=8"):
+    dataclasses.replace(BASE, cohort_size=20)
+
+
+@pytest.mark.parametrize("values", [{}, {"clock": "synchronous", "concurrency": 0, "over_selection": 0.5}])
+def test_no_shape_depends_on_the_seed(values):
+  layouts = {job.prepare(dataclasses.replace(BASE, seed=seed, **values)).clock.layout for seed in range(3)}
+  assert len(layouts) == 1
+
+
+def test_who_is_gone_is_who_left_in_this_run(tmp_path, capsys):
+  leaving = dataclasses.replace(BASE, dropout="late", drop_rate="0.5", monopolistic_classes=1)
+  usual = job.prepare(leaving)
+  assert usual.gone.sum() == 4 and not capsys.readouterr().err
+  assert not job.prepare(dataclasses.replace(leaving, round_seconds=1e6)).gone.any()
+  assert "before 4 clients leave" in capsys.readouterr().err
+  schedule.save(usual.clock.schedule, tmp_path / "schedule.npz")
+  replayed = job.prepare(dataclasses.replace(leaving, dropout="none", schedule=str(tmp_path / "schedule.npz")))
+  np.testing.assert_array_equal(replayed.gone, usual.gone)
+
+
+def _notes(**given) -> list[str]:
+  values = {field.name: getattr(Config(), field.name) for field in config.fields()}
+  return config.notes_on_time(["fedasync"], values | {"fedasync_max_staleness": 16} | given)
+
+
+def test_flags_without_effect_are_told():
+  assert not _notes()
+  assert not _notes(clock="synchronous", step_seconds=2.0)
+  (line,) = _notes(step_seconds=2.0)
+  assert line == "--step_seconds has no effect with --clock=rounds, which has no time"
+  (line,) = _notes(clock="synchronous", schedule="x.npz", drop_rate="0.1")
+  assert line.startswith("--drop_rate has no effect with --schedule")
+  (line,) = _notes(clock="asynchronous", num_clients=90)
+  assert "--fedasync_max_staleness=16 leaves out most uploads: with 90 clients at work they are 89" in line
+  assert not _notes(clock="asynchronous", num_clients=90, cohort_size=9)
 
 
 def test_a_schedule_of_another_run_is_one_line(tmp_path):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from apfl_jax import metrics, population, simulation
-from apfl_jax.algorithms import METHODS, fedasync, fedavg, fedbuff, mifa, persafl
+from apfl_jax.algorithms import METHODS as REGISTRY
+from apfl_jax.algorithms import fedasync, fedavg, fedbuff, mifa, persafl
 from apfl_jax.errors import InputError
 from apfl_jax.simulation import batches, schedule
 from apfl_jax.types import (
@@ -377,7 +378,7 @@ def test_a_method_with_rows_of_its_own_learns_on_the_clock():
 
 
 @pytest.mark.slow  # to compile
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", REGISTRY)
 def test_every_method_learns_on_the_clock(name):
   chunks, simulator = _on_the_clock(name, 20)
   scores = tasks.personal(simulator, chunks.state, chunks.inputs)

@@ -11,6 +11,7 @@ from apfl_jax import nn, simulation
 from apfl_jax.algorithms import ap_fl, fedavg
 from apfl_jax.metrics import ledger
 from apfl_jax.simulation import memory
+from apfl_jax.simulation.cost import _alike
 from apfl_jax.simulation.run import Record, Result
 from apfl_jax.types import Data, LocalSGD, Received, Span, State, Store, Task, Visit
 from tests import tasks
@@ -27,26 +28,70 @@ def priced(name):
 
 def test_rounds_of_the_warm_up_cost_the_server_nothing():
   prices = priced("ap_fl")
-  total = [prices.server(n) for n in (0, 1, 2, 7)]  # a tenth of 10 rounds is the warm-up
+  total = [prices.server([1] * n) for n in (0, 1, 2, 7)]  # a tenth of 10 rounds is the warm-up
   assert total == [0, 0, prices.aggregate, 6 * prices.aggregate] and total[2] > 0
 
 
 def test_a_server_that_does_the_same_in_every_round():
   prices = priced("fl_fdms")  # K x K cosines
-  assert prices.server(9) == 9 * prices.aggregate > 0
-  assert priced("fedavg").server(9) == 0
+  assert prices.server([1] * 9) == 9 * prices.aggregate > 0
+  assert priced("fedavg").server([1] * 9) == 0
+
+
+def on_the_clock(cohort, **settings):
+  """A server of a run of ten rounds whose uploads it aggregates one by one, `cohort` of them a round."""
+  inputs = tasks.inputs("ap_fl")
+
+  def build(given):
+    embeddings = given["embeddings"]
+    model = nn.classifier("mlp", tasks.IMAGE_SHAPE, tasks.NUM_CLASSES, head="free", embeddings=embeddings)
+    sgd = LocalSGD(given["learning_rate"], BATCH, 1, 1, 200, "examples", "none")
+    facts = tasks.NUM_CLIENTS, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE
+    task = Task(*facts, embeddings, model, sgd, given["rounds"], aggregations=cohort)
+    _, process = tasks.build("ap_fl", tasks.NUM_CLIENTS, given)
+    return ap_fl(task, generator_steps=2, generator_final_steps=2, generator_batch=BATCH, **settings), process
+
+  server = jax.eval_shape(lambda i: build(i.settings)[0].init(jax.random.key(0)), inputs)
+  return simulation.prices(build, inputs, server, aggregations=cohort)
+
+
+def test_uploads_one_by_one_cost_a_training_in_a_round_of_them():
+  prices = on_the_clock(300)
+  trained = [prices.server([300] * rounds) / prices.aggregate for rounds in (1, 2, 10)]
+  assert trained == [0, 1, 9]
+  assert prices.server([300, 150, 150]) == prices.aggregate  # where uploads get lost rounds are over later
+
+
+def test_a_server_that_trains_in_the_last_round_pays_once():
+  prices = on_the_clock(5, generator_schedule="final")
+  assert prices.server([5] * 9) == 0
+  assert prices.server([5] * 9 + [3]) == prices.aggregate > 0
+
+
+@pytest.mark.parametrize("calls", [[7], [3, 5, 0, 9, 4], [6] * 3, [1, 2]])
+def test_calls_that_are_alike_begin_and_end_no_round(calls):
+  runs = _alike(calls, 4)
+  assert [sum(n for r, n in runs if r == round) for round in range(len(calls))] == calls
+  numbers = np.cumsum([0, *(n for _, n in runs)])
+  assert {*np.cumsum([0, *calls[:-1]])[np.array(calls) > 0], *range(3, sum(calls), 4)} <= set(numbers[:-1])
+  assert all(n == 1 for (_, n), at in zip(runs, numbers, strict=False) if at % 4 == 3)
 
 
 def _result(rows, scored, name):
-  """A run in which clients took part 3, 0, 1, ... times; `scored` lines of which the last two made personal models."""
+  """A run in which clients took part 3, 0, 1, ... times and began once more.
+
+  Of its `scored` lines the last two made personal models.
+  """
   line = lambda i: {"personal_pooled_accuracy": 0.5 if i >= scored - 2 else None}
   record = Record([line(i) for i in range(scored)], [], [], [3, 0, 2], [])
   blank = np.zeros((len(rows), tasks.NUM_CLASSES, tasks.NUM_CLASSES), int)
   times = np.array([3, 0, 1, 0, 0, 1])
   state = State(jnp.int32(3), (), (), jnp.asarray(times), (), ())
   scores = simulation.Scores(blank, blank)
-  plan = memory.Plan(*[0] * len(memory.Plan._fields))
-  return Result(state, record, np.array(rows), np.zeros(0), 0, np.zeros(6, bool), None, scores, plan, None), times
+  plan = memory.MemoryPlan(*[0] * len(memory.MemoryPlan._fields))
+  return Result(
+    state, record, np.array(rows), np.zeros(0), 0, times + 1, np.zeros(6, bool), None, scores, plan, None
+  ), times
 
 
 @pytest.mark.parametrize(("name", "generates"), [("ap_fl", True), ("fl_fdms", False), ("fedavg", False)])
@@ -54,9 +99,9 @@ def test_totals_by_hand(name, generates):
   rows, scored = [1, 2, 5], 4
   result, times = _result(rows, scored, name)
   inputs, prices = tasks.inputs(name), priced(name)
-  server = prices.server(2)  # in the second of three rounds nothing arrived
-  got = simulation.cost(prices, result, inputs, generates=generates, one_by_one=False)
-  local, personal = (prices.local_update * times).sum(), prices.personalize[rows].sum()
+  server = prices.server([1, 1])  # in the second of three rounds nothing arrived
+  got = simulation.cost(prices, result, inputs, generates=generates)
+  local, personal = (prices.local_update * (times + 1)).sum(), prices.personalize[rows].sum()
   assert got.local_flops == pytest.approx(local) and got.personalize_flops == pytest.approx(personal)
   assert (got.generator_flops, got.server_flops) == ((server, None) if generates else (None, server or None))
   assert got.generator_share == (pytest.approx(server / (server + local + personal)) if generates else None)
@@ -66,12 +111,10 @@ def test_totals_by_hand(name, generates):
   evaluation += 2 * prices.score_personal * (sum(batches) + 3 * pooled) + personal
   assert got.evaluation_flops == pytest.approx(evaluation)
   assert got.bytes_up == prices.upload * 5
-  assert got.bytes_down == prices.read_locally * 5 + prices.read_personally * 3
+  assert got.bytes_down == prices.read_locally * 11 + prices.read_personally * 3
   assert got.break_even_rounds == pytest.approx(prices.read_personally / (prices.upload + prices.read_locally))
-  one_by_one = simulation.cost(prices, result, inputs, generates=generates, one_by_one=True)
-  assert (one_by_one.generator_flops or one_by_one.server_flops or 0) == prices.server(5)
   each = simulation.cost_per_client(prices, result)
-  np.testing.assert_allclose(each.local_flops, prices.local_update * times)
+  np.testing.assert_allclose(each.local_flops, prices.local_update * (times + 1))
   assert sum(x.sum() for x in each) == pytest.approx(local + personal + got.bytes_up + got.bytes_down)
 
 

@@ -72,7 +72,7 @@ CLOCK = """
 
   folder = sys.argv[2]
   inputs = jax.tree.map(np.asarray, tasks.inputs("fedasync"))
-  settings = schedule.Settings("asynchronous", 3, 10, concurrency=5, jitter=0.8)
+  settings = schedule.Settings("asynchronous", 3, 10, concurrency=5, jitter=0.8, round_seconds=1.0)
   process = lambda traced: population.chain(population.markov(0.3, 4.0), population.speeds("pareto", traced))
   for count in (1, 2, 8):
     mesh = Mesh(np.array(jax.devices()[:count]), ("clients",)) if count > 1 else None

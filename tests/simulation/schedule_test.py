@@ -53,8 +53,8 @@ def _causal(made: Schedule) -> None:
   for id in range(N):
     mine = np.flatnonzero(made.client == id)
     assert (made.start[mine][1:] >= made.end[mine][:-1]).all()  # not twice at work
-    rounds = made.round[mine][made.group[mine] >= 0]
-    assert (np.diff(rounds) > 0).all()  # so that its keys differ
+    numbers = made.number[mine][made.group[mine] >= 0]
+    assert (np.diff(numbers) > 0).all()  # so that its keys differ
   moments = np.concatenate([made.start, made.end])
   change = np.repeat([1, -1], len(made.start))
   order = np.lexsort((change, moments))  # who ends at a moment makes room for who starts then
@@ -136,12 +136,13 @@ def test_asynchronous_schedules(seed, rates, spread, equal, cohort, concurrency,
   )
   _causal(made)
   assert np.count_nonzero(made.group >= 0) == rounds * cohort
+  np.testing.assert_array_equal(made.round, np.maximum(made.group, 0) // cohort)  # however often a client came
   assert (np.diff(made.end[np.argsort(made.group)][np.count_nonzero(made.group < 0) :]) >= 0).all()
   if stale:
     assert made.staleness[made.arrives].max(initial=0) <= stale
   plan = batches.plan(made, width)
   _kept(plan)
-  assert plan.layout.versions <= concurrency
+  assert plan.layout.versions == concurrency <= plan.layout.seats
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -173,7 +174,7 @@ def test_synchronous_schedules(seed, rates, spread, cohort, over, deadline, roun
   plan = batches.plan(made)
   ids, ok = plan.cohorts(0, rounds)
   assert Counter(ids[ok].tolist()) == Counter(made.client[made.group >= 0].tolist())
-  assert not plan.layout.alone and plan.layout.width <= made.places
+  assert not plan.layout.alone and plan.layout.width == made.places
 
 
 def test_durations_are_download_steps_and_upload():
@@ -219,6 +220,40 @@ def test_equal_durations_draw_the_cohorts_of_rounds():
     np.testing.assert_array_equal(sizes, 4)
 
 
+@pytest.mark.parametrize(
+  "values",
+  [
+    {"concurrency": 9},
+    {"cohort_size": 4, "concurrency": 1},
+    {"clock": "synchronous", "over_selection": 0.6},
+    {"clock": "synchronous", "deadline": 4.0},
+  ],
+)
+def test_by_itself_a_run_is_as_many_rounds_of_the_process_as_of_its_own(values):
+  """So that who leaves in the midst of the rounds leaves in the midst of the run."""
+  settings = Settings(
+    **{"clock": "asynchronous", "rounds": 20, "cohort_size": 3, "concurrency": 3, "jitter": 0.5} | values
+  )
+  for leave, left in ((0.9, 4), (1.1, 0)):
+    made = schedule.make(_leaving, np.float32(leave), 2, settings, COMPUTE)
+    assert np.count_nonzero(made.gone) == left
+  half = schedule.make(_leaving, np.float32(0.5), 2, settings, COMPUTE)
+  last = max(half.start[half.gone[half.client]])
+  assert 0.35 < last / half.seconds[-1] < 0.65
+
+
+def _leaving(leave: PyTree) -> Process:
+  facts = population.Facts(rounds=20, leave_at=leave)
+  return population.make(("late",), N, jnp.float32([0.5]), population.speeds("pareto", 0.5), facts=facts)
+
+
+def test_a_process_in_which_clients_download_late_is_refused():
+  everyone = population.everyone()
+  late = lambda traced: everyone._replace(look=lambda *told: everyone.look(*told)._replace(delay=told[2] % 2))
+  with pytest.raises(InputError, match="clock: got clients that download rounds ago"):
+    schedule.make(late, np.float32(0), 0, Settings("synchronous", 2, 4, 0), COMPUTE)
+
+
 def test_idle_places_wait_for_the_process_and_nobody_is_drawn_who_is_away():
   made = _play(1, rates=(0.4, 0.0), rounds=20, cohort_size=9, concurrency=9)
   assert 0.1 < made.idle_share < 0.9
@@ -254,6 +289,10 @@ def test_the_histogram_and_the_traffic_count_what_happened():
     for t in made.seconds
   ]
   np.testing.assert_allclose(made.traffic(down, up), expected)
+  assert made.starts.sum() * down + np.count_nonzero(made.group >= 0) * up == expected[-1]
+  cut = _play(4, clock="synchronous", over_selection=0.8, rounds=5, cohort_size=4)
+  np.testing.assert_array_equal(cut.starts, np.bincount(cut.client, minlength=N))
+  assert cut.starts.sum() == 5 * 8 and np.count_nonzero(cut.group >= 0) == 5 * 4
 
 
 @functools.cache
@@ -294,7 +333,9 @@ def test_many_events_take_seconds():
 
   start = time.perf_counter()
   clients, traced = 2000, np.float32(0.5)
-  made = schedule.make(_many, traced, 0, Settings("asynchronous", 20, 1000, 500, jitter=0.5), np.ones(clients))
+  made = schedule.make(
+    _many, traced, 0, Settings("asynchronous", 20, 1000, 500, jitter=0.5, round_seconds=1.0), np.ones(clients)
+  )
   plan = batches.plan(made)
   assert plan.sizes.sum() == 20_000 and plan.sizes.mean() > 5
   assert time.perf_counter() - start < 20

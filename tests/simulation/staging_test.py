@@ -149,13 +149,13 @@ def test_a_plan_says_how_many_clients_fit():
     memory.Need("device", "server and history", 100, False),
     memory.Need("host", "examples", 500, True),
   )
-  on_cpu = memory.Plan(needs, devices=2, shared=True)
+  on_cpu = memory.MemoryPlan(needs, devices=2, shared=True)
   assert (on_cpu.device, on_cpu.host) == (1100, 2700)
   with pytest.raises(InputError, match=r"--num_clients=40 would fit; --client_state=disk"):
     memory.check(on_cpu, 100, 200 + 40 * 25)
   with pytest.raises(InputError, match="no number of clients would fit"):
     memory.check(on_cpu, 100, 200)
-  beside = memory.Plan(needs, devices=2, shared=False)
+  beside = memory.MemoryPlan(needs, devices=2, shared=False)
   assert (beside.device, beside.host) == (1100, 500)
   with pytest.raises(InputError, match=r"on the device, .*--num_clients=90 would fit"):
     memory.check(beside, 100, 1000)

@@ -101,6 +101,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     known = Statistics(
       layers=() if tier == "s0" else statistics.no_moments(task, layers_of),
       classes=statistics.no_sums(task) if tier == "s2" else (),
+      weight=() if tier == "s0" else jnp.float32(0),
     )
     server = Server(
       params=params,
@@ -154,10 +155,12 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
 
   def aggregate(server, received, key):
     new = received.arrived & ~server.counted[received.ids]
-    mean, counts = received.mean, received.kept.histogram
-    known = server.statistics._replace(layers=mean.layers)
-    if tier == "s2":
-      known = known._replace(classes=statistics.merge(server.statistics.classes, received.total.classes))
+    mean, counts, known, each = received.mean, received.kept.histogram, server.statistics, task.aggregations
+    if not isinstance(known.weight, tuple):
+      layers, weight = statistics.fading(known.layers, known.weight, received.total.layers, received.weight, each)
+      known = known._replace(layers=layers, weight=weight)
+    if isinstance(known.classes, ByClass):
+      known = known._replace(classes=statistics.merge(known.classes, received.total.classes, each))
     # Of tier s0 every update counts: a class may show in a later one only.
     counted = jnp.where(new[:, None] | (tier == "s0"), counts, 0.0)
     server = server._replace(
@@ -173,17 +176,17 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     last = jnp.max(received.kept.round) + 1 >= task.rounds
     if remembers:
       server = remember(server, jnp.any(counts > 0, axis=0))
+    # Of uploads that are aggregated one by one the last of as many as make a round is its end.
+    over, same = server.rounds % task.aggregations == 0, lambda server, key: server
     if source.learns and settings.steps:
-      # Uploads that are aggregated one by one train it once in as many of them as make a round, or in the first of the
-      # last round.
-      each = (rounds_of(server) > warmup) & (server.rounds % task.aggregations == 0)
-      due = last & (server.source.rounds == 0) if settings.schedule == "final" else each
-      server = jax.lax.cond(due, work, lambda server, key: server, server, key)
+      first = last & (server.source.rounds == 0)
+      due = first if settings.schedule == "final" else over & (rounds_of(server) > warmup)
+      server = jax.lax.cond(due, work, same, server, key)
     elif not source.learns:
-      server = renew(server, key)
+      server = jax.lax.cond(over, renew, same, server, key)
     if settings.memory in ("distil", "both"):
       now = last & jnp.any(gone(server))
-      server = jax.lax.cond(now, distil, lambda server, key: server, server, jax.random.fold_in(key, APART))
+      server = jax.lax.cond(now, distil, same, server, jax.random.fold_in(key, APART))
     return server
 
   # --- the generator --------------------------------------------------------------------------------------------------

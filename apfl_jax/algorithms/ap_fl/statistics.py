@@ -17,7 +17,7 @@ from apfl_jax import training
 from apfl_jax.types import Array, Data, Key, Params, PyTree, Task
 
 TIERS = ("s0", "s1", "s2")
-_MEMORY = 0.9  # what sums by class keep from round to round: the model that features come from changes
+_MEMORY = 0.9  # what sums by class keep over a round's aggregations: the model that features come from changes
 _BLOCK = 64  # examples at a time
 _RISEN = 0.1  # of the largest change of any weight: less is rounding, or what embeddings leave open
 
@@ -60,12 +60,15 @@ class Statistics(NamedTuple):
   """What the server knows of real data.
 
   Attributes:
-    layers: Moments of each layer, from the last cohort; () under tier s1.
-    classes: ByClass, fading sums over cohorts; () under tier s2.
+    layers: Moments of each layer, a mean over the last cohort, or where its uploads are aggregated one by one a fading
+      one over about as many; () below tier s1.
+    classes: ByClass, fading sums over cohorts; () below tier s2.
+    weight: float32 [], what `layers` is the mean over, fading likewise; () below tier s1.
   """
 
   layers: tuple[Moments, ...]
   classes: ByClass | tuple[()]
+  weight: Array | tuple[()] = ()
 
 
 def moments(taps: tuple[Array, ...], mask: Array) -> tuple[Moments, ...]:
@@ -142,14 +145,33 @@ def _zeros(of: Callable[[Key, Array], PyTree], task: Task) -> PyTree:
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, jax.random.key(0), blank))
 
 
-def merge(old: ByClass, new: ByClass) -> ByClass:
-  """Fading sums: a class that was heard of fades by a tenth, any other stays as it was."""
-  heard = new.counts > 0
+def merge(old: ByClass, new: ByClass, aggregations: int = 1) -> ByClass:
+  """Fading sums: a class that was heard of in all aggregations of a round fades by a tenth, else by less or not."""
+  heard, share = new.counts > 0, _MEMORY ** (1 / aggregations)
 
   def each(a: Array, b: Array) -> Array:
-    return jnp.where(heard.reshape(-1, *[1] * (a.ndim - 1)), _MEMORY * a + b, a)
+    return jnp.where(heard.reshape(-1, *[1] * (a.ndim - 1)), share * a + b, a)
 
   return jax.tree.map(each, old, new)
+
+
+def fading(
+  old: tuple[Moments, ...], weight: Array, total: tuple[Moments, ...], added: Array, aggregations: int
+) -> tuple[tuple[Moments, ...], Array]:
+  """A mean of which each aggregation keeps a share 1 - 1 / aggregations; of one a round that is its own mean.
+
+  Args:
+    old: the mean so far.
+    weight: float32 [], what it is over.
+    total: the weighted sum to be taken in.
+    added: float32 [], its weight.
+    aggregations: how many make a round.
+
+  Returns:
+    (the new mean, what it is over)
+  """
+  kept = (1 - 1 / aggregations) * weight
+  return jax.tree.map(lambda m, t: (kept * m + t) / (kept + added), old, total), kept + added
 
 
 def distance(found: tuple[Moments, ...], wanted: tuple[Moments, ...], weights: Array | None = None) -> Array:
