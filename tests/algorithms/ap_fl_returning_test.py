@@ -248,9 +248,7 @@ def test_what_an_update_counts_falls_with_its_staleness():
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  ("request_", "asked"), [("own_and_seen", "abc"), ("own", "ab"), ("seen", "ac"), ("all", "abcd")]
-)
+@pytest.mark.parametrize(("request_", "asked"), [("own_and_seen", "abc"), ("own", "ab"), ("seen", "ac")])
 def test_synthetic_examples_are_asked_for_by_own_labels_and_evenly_as_far_as_trusted(request_, asked):
   """Classes a: held and seen; b: held; c: seen; d: neither."""
   trust, histogram = np.array([0.5, 1.0, 0.8, 0.6]), np.array([4.0, 1.0, 0.0, 0.0])
@@ -263,10 +261,8 @@ def test_synthetic_examples_are_asked_for_by_own_labels_and_evenly_as_far_as_tru
   np.testing.assert_array_equal(returning.requested(request_, nothing, jnp.float32(histogram)), [1, 1, 1, 0])
 
 
-def test_only_who_asks_for_all_answers_with_a_class_that_nobody_taught_and_only_if_it_is_trusted():
-  answers = lambda request, trust: personal(interpolation="fixed", request=request, trust=trust).answers.tolist()
-  assert answers("all", (0.0, 0.7, 0.2)) == [True, True, True]
-  assert answers("all", TRUST) == answers("own_and_seen", (0.0, 0.7, 0.2)) == [True, True, False]
+def test_a_class_that_nobody_taught_is_not_answered_however_its_samples_are_believed():
+  assert personal(interpolation="fixed", trust=(0.0, 0.7, 0.2)).answers.tolist() == [True, True, False]
 
 
 # --- coefficients -----------------------------------------------------------------------------------------------------
