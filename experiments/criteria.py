@@ -583,7 +583,7 @@ def a11(evidence: Evidence) -> list[Row]:
     leads = {name: fronts.leads(mine, of_method(name), every_point) for name in rivals}
     known = [(name, pair) for name, pairs in leads.items() for pair in pairs if pair.mean is not None]
     nearest, least_lead = min(known, key=lambda one: one[1].mean or 0.0, default=("", None))
-    verdict = worst(decide(pair, 0.0) for pairs in leads.values() for pair in pairs or [None])
+    verdict = worst(worst(decide(pair, 0.0) for pair in pairs) for pairs in leads.values())
     claim, criterion = "personal models know more of all classes", f"{who}: front on or above each other's"
     rows.append(_front_line(claim, criterion, least_lead, verdict, f"(least, against {nearest})"))
     for rival, threshold in (("fedavg_ft", 0.1), ("head only", 0.05), ("ditto", 0.1)):

@@ -60,8 +60,8 @@ class Statistics(NamedTuple):
   """What the server knows of real data.
 
   Attributes:
-    layers: Moments of each layer, from the last cohort; () below tier s1.
-    classes: ByClass, fading sums over cohorts; () below tier s2.
+    layers: Moments of each layer, from the last cohort; () under tier s1.
+    classes: ByClass, fading sums over cohorts; () under tier s2.
   """
 
   layers: tuple[Moments, ...]
