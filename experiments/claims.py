@@ -21,7 +21,18 @@ from apfl_jax.files import replacing
 from apfl_jax.report import plots, run, tables
 from experiments import config, fronts, runs
 from experiments.config import Config
-from experiments.criteria import CLAIMS, NOT_MEASURED, Evidence, Found, Row, Variant, front_points, missing, told
+from experiments.criteria import (
+  CLAIMS,
+  NOT_MEASURED,
+  Evidence,
+  Found,
+  Row,
+  Variant,
+  front_points,
+  missing,
+  own_setting,
+  told,
+)
 from experiments.methods import parse_seeds
 
 _GIVEN = ("algorithm", "seed", "workdir")  # fields of a run that the claims decide
@@ -53,8 +64,8 @@ def make(variant: Variant, seed: int, scale: str, given: Mapping[str, Any]) -> C
   """The settings of a run: the scale's, over them those given by flag, over them the variant's."""
   chosen = SCALES[scale].settings | dict(given) | dict(variant.changes)
   fields = {field.name for field in config.fields()}
-  prefix = f"{variant.algorithm}_"
-  own = {name.removeprefix(prefix): value for name, value in chosen.items() if name.startswith(prefix)}
+  named = {name: own_setting(variant.algorithm, name) for name in chosen}
+  own = {named[name]: value for name, value in chosen.items() if named[name]}
   shared = {name: value for name, value in chosen.items() if name in fields}
   return Config(algorithm=variant.algorithm, seed=seed, settings=own, **shared)
 

@@ -3,7 +3,7 @@
 A personal model that only has to know its client's classes is easy to get (method 8.3): at equal accuracy on its own
 mix of classes the question is how much it knows of all. One setting of a baseline is no baseline, so a method is the
 whole set of its variants: a variant counts at a level of own accuracy if its mean over seeds reaches it, and the best
-of those is compared, seed by seed.
+of those is compared, on each seed by the choice that all other seeds make.
 """
 
 import math
@@ -35,9 +35,10 @@ class Point(NamedTuple):
   tested: Mapping[int, float] = types.MappingProxyType({})
 
 
-def mean(values: Mapping[int, float]) -> float:
-  """Over seeds; nan without any."""
-  return sum(values.values()) / len(values) if values else math.nan
+def mean(values: Mapping[int, float], but: int | None = None) -> float:
+  """Over seeds, but for one of them; nan without any."""
+  kept = [value for seed, value in values.items() if seed != but]
+  return sum(kept) / len(kept) if kept else math.nan
 
 
 def by_method(points: Iterable[Point]) -> dict[str, list[Point]]:
@@ -59,32 +60,49 @@ def front(points: Sequence[Point]) -> list[Point]:
   return kept[::-1]
 
 
-def at_level(points: Sequence[Point], level: float) -> Point | None:
+def at_level(points: Sequence[Point], level: float, but: int | None = None) -> Point | None:
   """The point with the best pooled accuracy among those whose own accuracy reaches the level; None without any."""
-  reached = [point for point in points if mean(point.own) >= level - 1e-9]
-  return max(reached, key=lambda point: mean(point.pooled), default=None)
+  reached = [point for point in points if mean(point.own, but) >= level - 1e-9]
+  return max(reached, key=lambda point: mean(point.pooled, but), default=None)
 
 
-def top_level(points: Iterable[Point]) -> float:
+def top_level(points: Iterable[Point], but: int | None = None) -> float:
   """The best own accuracy of all, less a point: the level at which methods are told apart by what else they know."""
-  return max((mean(point.own) for point in points), default=math.nan) - SLACK
+  return max((m for point in points if not math.isnan(m := mean(point.own, but))), default=math.nan) - SLACK
 
 
-def lead(first: Sequence[Point], second: Sequence[Point], level: float) -> Paired | None:
-  """Pooled accuracy of the first method less the second's at a level; None where one of them does not reach it."""
-  a, b = at_level(first, level), at_level(second, level)
-  if a is None or b is None:
-    return None
-  seeds = [seed for seed in a.pooled if seed in b.pooled]
-  return metrics.paired([a.pooled[s] for s in seeds], [b.pooled[s] for s in seeds])
+def lead(first: Sequence[Point], second: Sequence[Point], every: Sequence[Point], at: Point | None = None) -> Paired:
+  """Pooled accuracy of the first method less the second's, each by its best variant at a level of own accuracy.
 
+  What is compared on a seed, the level and both variants, is chosen by the means over all other seeds. Chosen by that
+  seed too, a method with more variants would be ahead by chance; drawing the choice anew in each draw of the bootstrap
+  makes that worse, for the best of many is higher still on seeds that are there twice [O].
 
-def least_lead(first: Sequence[Point], second: Sequence[Point], top: float) -> Paired | None:
-  """The smallest `lead` at the levels of the second method's front; None where the first does not reach one of them.
+  Args:
+    first: the points of a method.
+    second: those of another.
+    every: the points of all methods; the level is never above their top, see `top_level`.
+    at: the point whose own accuracy is the level; None for the top.
 
-  Levels above `top` count as `top`.
+  Returns:
+    A difference for each seed on which both have numbers; -1 where the first does not reach the level, else 1 where the
+    second does not.
   """
-  leads = [lead(first, second, min(mean(point.own), top)) for point in front(second)]
-  if not leads or any(found is None or found.mean is None for found in leads):
-    return None
-  return min((found for found in leads if found is not None), key=lambda found: found.mean or 0.0)
+  seeds = sorted({s for p in first for s in p.pooled} & {s for p in second for s in p.pooled})
+  differences = []
+  for seed in seeds:
+    but = seed if len(seeds) > 1 else None
+    level = top_level(every, but) if at is None else min(top_level(every, but), mean(at.own, but))
+    a, b = at_level(first, level, but), at_level(second, level, but)
+    if a is None:
+      differences.append(-1.0)
+    elif b is None:
+      differences.append(1.0)
+    else:
+      differences.append(a.pooled.get(seed, math.nan) - b.pooled.get(seed, math.nan))
+  return metrics.paired(differences, [0.0] * len(differences))
+
+
+def leads(first: Sequence[Point], second: Sequence[Point], every: Sequence[Point]) -> list[Paired]:
+  """`lead` at the level of each point of the second method's front."""
+  return [lead(first, second, every, point) for point in front(second)]

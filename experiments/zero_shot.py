@@ -46,6 +46,16 @@ _EXAMPLES = 30  # of each class that a server judges a table and chooses a shift
 _BLOCK = 500  # images a pass
 
 
+class Scoring(NamedTuple):
+  """How tables are made and scored, by the flags of the same names; the features of a `Base` do not depend on it."""
+
+  ap_fl_unseen_penalty: float = 0.3
+  ap_fl_unseen_keep: float = 0.8
+  ap_fl_unseen_gate: float = 0.55
+  embedding_influence: float = 1.0
+  embedding_whitening: bool = False
+
+
 class Base(NamedTuple):
   """What one triple leaves: features of the final global model.
 
@@ -102,7 +112,13 @@ def _seen(ready: job.Job) -> np.ndarray:
 
 
 def train(ready: job.Job, simulator: Any) -> Base:
-  """Runs a job's rounds and reads the features; `simulator` may be that of a job that differs in the seed alone."""
+  """Runs a job's rounds and reads the features; `simulator` may be that of a job that differs in the seed alone.
+
+  Raises:
+    InputError: the job is on a virtual clock, whose programs are made for one schedule.
+  """
+  if ready.clock is not None:
+    raise InputError(f"clock: got {ready.config.clock!r}, accepted is rounds: sets of classes share one program")
   inputs = simulator.place(ready.inputs)
   state = simulator.init(inputs)
   for start in range(0, ready.config.rounds, simulator.chunk):
@@ -179,20 +195,13 @@ def _judge(table: jax.Array, base: Any, penalty: float, keep: float) -> dict[str
     "restricted": counts(0.0, ~seen),
     "shift": reading.shift,
     "table_accuracy": accuracy,
-    "trust": reading.trust,
+    "trust": unseen.table_trust(accuracy),
   }
 
 
-def score(base: Base, table: np.ndarray, *, penalty: float = 0.3, keep: float = 0.8) -> dict[str, float]:
-  """How a table does on one triple: measures of `metrics.unseen`, and what the server thinks of it.
-
-  Args:
-    base: the triple's features.
-    table: float32 [C, D].
-    penalty: of the ridge.
-    keep: share of the seen accuracy that the shift keeps.
-  """
-  found = jax.tree.map(np.asarray, _judge(table, base, penalty, keep))
+def score(base: Base, table: np.ndarray, scoring: Scoring) -> dict[str, float]:
+  """How a table float32 [C, D] does on one triple: measures of `metrics.unseen`, and what the server thinks of it."""
+  found = jax.tree.map(np.asarray, _judge(table, base, scoring.ap_fl_unseen_penalty, scoring.ap_fl_unseen_keep))
   classes = np.flatnonzero(~base.seen).tolist()
   measured = metrics.unseen(found["plain"], found["restricted"], classes)
   del measured["classes"]
@@ -207,15 +216,22 @@ def score(base: Base, table: np.ndarray, *, penalty: float = 0.3, keep: float = 
 
 
 def board(
-  base: Base, kinds: Sequence[str], dataset: data.Dataset, *, seed: int, random_tables: int
+  base: Base, kinds: Sequence[str], dataset: data.Dataset, scoring: Scoring, *, seed: int, random_tables: int
 ) -> list[dict[str, Any]]:
   """A row for each table, of one triple."""
   rows = []
   for kind in kinds:
     for draw in range(random_tables if kind == "random" else 1):
       rng = np.random.default_rng([seed, draw, int(random.Purpose.EMBEDDINGS)])
-      table = semantics.embeddings(kind, dataset.class_names, dataset.name, rng=rng)
-      rows.append({"embeddings": kind, "draw": draw, **score(base, table)})
+      table = semantics.embeddings(
+        kind,
+        dataset.class_names,
+        dataset.name,
+        rng=rng,
+        influence=scoring.embedding_influence,
+        whitening=scoring.embedding_whitening,
+      )
+      rows.append({"embeddings": kind, "draw": draw, **score(base, table, scoring)})
   return rows
 
 
@@ -283,14 +299,14 @@ def grid(summary: list[dict[str, Any]]) -> tables.Grid:
   return tables.Grid(header, lines)
 
 
-def _markdown(summary: list[dict[str, Any]], facts: dict[str, str]) -> str:
+def _markdown(summary: list[dict[str, Any]], facts: dict[str, str], scoring: Scoring) -> str:
   chance = 100 / int(facts["unseen classes"])
   text = (
     "In percent, mean over sets of unseen classes ± standard error. Restricted: told that it is one of them, ties "
     f"shared out (chance {chance:.1f}); seen, unseen: mean recall when all classes can be answered, with the shift "
-    "that keeps .8 of the seen accuracy; unshifted: their harmonic mean at shift 0. Passes the gate: share of sets on "
-    "which the table would be trusted. Differences in pairs, with the number of sets on which the table is ahead. "
-    "`attributes` and `hierarchy` are what people know of the images: no baseline has that."
+    f"that keeps {scoring.ap_fl_unseen_keep:g} of the seen accuracy; unshifted: their harmonic mean at shift 0. Passes "
+    "the gate: share of sets on which the table would be trusted. Differences in pairs, with the number of sets on "
+    "which the table is ahead. `attributes` and `hierarchy` are what people know of the images: no baseline has that."
   )
   listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
   return f"# Zero-shot board: {facts['dataset']}\n\n{listed}\n\n{text}\n\n{tables.markdown(grid(summary))}\n"
@@ -323,6 +339,7 @@ def main(arguments: Sequence[str]) -> None:
   root = Path(asked.output)
   root.mkdir(parents=True, exist_ok=True)
   begun = time.perf_counter()
+  scoring = Scoring(*(getattr(asked, name) for name in Scoring._fields))
   rows: list[dict[str, Any]] = []
   sets: dict[str, None] = {}
 
@@ -334,19 +351,25 @@ def main(arguments: Sequence[str]) -> None:
       seed=seed,
       workdir=str(root),
       monopolistic_classes=asked.unseen_classes,
+      embedding_influence=1.0,
+      embedding_whitening=False,
     )
     source = {"source": "none"} if tier == "s2" else {}
-    return dataclasses.replace(made, settings=made.settings | {"tier": tier} | source)
+    # What scores are made with changes no base.
+    settings = {name: value for name, value in made.settings.items() if f"ap_fl_{name}" not in Scoring._fields}
+    return dataclasses.replace(made, settings=settings | {"tier": tier} | source)
 
   for tier in tiers:
     for name, ready, base in bases(
       root, tier, plan(asked.triples, asked.first_seed, functools.partial(make, tier=tier))
     ):
       sets[name], dataset, seed = None, ready.dataset, ready.config.seed
-      found = board(base, kinds, dataset, seed=seed, random_tables=asked.random_tables)
+      found = board(base, kinds, dataset, scoring, seed=seed, random_tables=asked.random_tables)
       rows += [{"seed": seed, "tier": tier, **row} for row in found]
   usual = Config(algorithm="ap_fl").lines()
   changed = [line for line in make(0, tiers[0]).lines() if line not in usual]
+  scored = {name: value for name, value in scoring._asdict().items() if value != getattr(Scoring(), name)}
+  changed += [f"--{name}={value}" for name, value in scored.items()]
   left_out = tuple(f"--{name}=" for name in (*_GIVEN, "ap_fl_tier", "ap_fl_source", "data_dir", "progress"))
   facts = {
     "dataset": dataset.name,
@@ -357,8 +380,8 @@ def main(arguments: Sequence[str]) -> None:
     "commit": str(job.commit()),
     "versions": ", ".join(f"{name} {version}" for name, version in job.versions().items()),
   }
-  summary = summed(rows, asked.ap_fl_unseen_gate)
-  text = _markdown(summary, facts)
+  summary = summed(rows, scoring.ap_fl_unseen_gate)
+  text = _markdown(summary, facts, scoring)
   written = json.dumps({"facts": facts, "summary": summary, "rows": rows}, indent=1) + "\n"
   for file, content in (("board.json", written), ("board.md", text)):
     with replacing(root / file) as path:

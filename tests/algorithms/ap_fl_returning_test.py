@@ -146,10 +146,10 @@ def friend(kind="mix", distill=False, images=True):
   return descended(lambda params: friend_loss(params, kind, distill, made), FRIEND_STEPS)
 
 
-def between(shares):
+def between(shares, other=None, own=None):
   """The model at coefficients, one in the place of any part."""
   mix = lambda share, a, b: jax.tree.map(lambda x, y: share * x + (1 - share) * y, a, b)
-  return jax.tree.map(mix, shares, local(), friend())
+  return jax.tree.map(mix, shares, own or local(), other or friend())
 
 
 def objective(params):
@@ -164,27 +164,28 @@ def close(actual, expected):
 # --- friends ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "distill"), [("mix", False), ("mix", True), ("synthetic", False)])
+@pytest.mark.parametrize(("kind", "distill"), [("mix", False), ("synthetic", True)])
 def test_a_trained_friend_descends_on_its_loss(kind, distill):
   close(fixed(0.0, friend=kind, distill=distill), friend(kind, distill))
 
 
 def test_from_features_the_friend_learns_with_its_head_alone_and_the_objective_knows_them():
-  close(fixed(0.0, source=OF_FEATURES, distill=True), friend(distill=True, images=False))
-  own = friend("synthetic", images=False)
-  tasks.assert_same(own.base, START.base)
-  surface = personal(source=OF_FEATURES).choice.surface
+  taught = friend(distill=True, images=False)
+  tasks.assert_same(friend("synthetic", images=False).base, START.base)
+  model = personal(source=OF_FEATURES, distill=True)
   corner = lambda params: (
     entropies(params, *EVERYBODY).mean() + RHO * TRUST[1] * entropies(params, *MADE_FEATURES).mean()
   )
-  np.testing.assert_allclose(
-    (surface[0, 0], surface[-1, -1]), (corner(friend(images=False)), corner(local())), rtol=1e-4
-  )
+  surface = model.choice.surface
+  np.testing.assert_allclose((surface[0, 0], surface[-1, -1]), (corner(taught), corner(local())), rtol=1e-4)
+  assert int(model.choice.guard) == 0
+  b, h = np.unravel_index(np.argmin(surface), surface.shape)
+  close(model.params, between(Params(GRID[b], GRID[h]), taught))
 
 
 def test_without_trust_the_mixed_friend_learns_from_real_data_alone_and_the_synthetic_one_stays():
   close(fixed(0.0, trust=(0.0, 0.0, 0.0)), local(FRIEND_STEPS))
-  close(fixed(0.0, trust=(0.0, 0.0, 0.0), friend="synthetic"), START)
+  close(fixed(0.0, trust=(0.0, 0.0, 0.0), friend="synthetic", distill=True), START)
 
 
 def test_the_local_model_has_the_steps_that_no_friend_takes():
@@ -201,7 +202,8 @@ def test_a_peer_is_the_most_similar_known_model_of_another():
   moved = flat(local(STEPS)) - flat(START)
   cosine = [(d := flat(one(j)) - flat(START)) @ moved / np.linalg.norm(d) for j in range(6)]
   best = np.argsort(cosine)[::-1]
-  nearest = lambda known, id: peers.nearest(
+  compared = jax.jit(peers.nearest)
+  nearest = lambda known, id: compared(
     peers.Peers(as_float32(others), jnp.asarray(known)), as_float32(START), as_float32(local(STEPS)), jnp.int32(id)
   )
   everybody = np.ones(6, bool)
@@ -215,7 +217,7 @@ def test_a_peer_is_the_most_similar_known_model_of_another():
 
 
 def test_the_server_keeps_the_last_model_of_each_client_that_arrived():
-  settings = {"friend": "peer", "generator_steps": 0, "tier": "s0", "mask_softmax": False}
+  settings = {"friend": "peer", "source": "none", "tier": "s0", "mask_softmax": False}
   rounds = linear.Rounds(algorithms.ap_fl(linear.task(), friend_steps=0, **settings))
   rounds.advance([0, 1, 2], lost=[1])
   kept = rounds.server.peers
@@ -231,7 +233,7 @@ def test_the_server_keeps_the_last_model_of_each_client_that_arrived():
 
 
 def test_what_an_update_counts_falls_with_its_staleness():
-  settings = {"generator_steps": 0, "tier": "s0", "mask_softmax": False, "friend_steps": 0}
+  settings = {"source": "none", "tier": "s0", "mask_softmax": False, "friend_steps": 0}
   algorithm = algorithms.ap_fl(linear.task(), mixing=0.6, staleness_exponent=0.5, **settings)
   download = Download(Shared(as_float32(linear.START), (), jnp.asarray(SEEN), (), jnp.float32(TRUST)))
 
@@ -248,9 +250,7 @@ def test_what_an_update_counts_falls_with_its_staleness():
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  ("request_", "asked"), [("own_and_seen", "abc"), ("own", "ab"), ("seen", "ac"), ("all", "abcd")]
-)
+@pytest.mark.parametrize(("request_", "asked"), [("own_and_seen", "abc"), ("own", "ab"), ("seen", "ac")])
 def test_synthetic_examples_are_asked_for_by_own_labels_and_evenly_as_far_as_trusted(request_, asked):
   """Classes a: held and seen; b: held; c: seen; d: neither."""
   trust, histogram = np.array([0.5, 1.0, 0.8, 0.6]), np.array([4.0, 1.0, 0.0, 0.0])
@@ -263,15 +263,15 @@ def test_synthetic_examples_are_asked_for_by_own_labels_and_evenly_as_far_as_tru
   np.testing.assert_array_equal(returning.requested(request_, nothing, jnp.float32(histogram)), [1, 1, 1, 0])
 
 
-def test_only_who_asks_for_all_answers_with_a_class_that_nobody_taught_and_only_if_it_is_trusted():
-  answers = lambda request, trust: personal(interpolation="fixed", request=request, trust=trust).answers.tolist()
-  assert answers("all", (0.0, 0.7, 0.2)) == [True, True, True]
-  assert answers("all", TRUST) == answers("own_and_seen", (0.0, 0.7, 0.2)) == [True, True, False]
+def test_a_class_that_nobody_taught_is_not_answered_however_its_samples_are_believed():
+  assert personal(interpolation="fixed", trust=(0.0, 0.7, 0.2)).answers.tolist() == [True, True, False]
 
 
 # --- coefficients -----------------------------------------------------------------------------------------------------
 
 GRID = np.linspace(0, 1, 6)
+UNTRAINED = {"friend": "global"}  # a friend that takes no time to compile
+away = functools.partial(between, other=START, own=local(STEPS))
 
 
 def test_the_surface_is_the_objective_and_the_choice_its_least():
@@ -285,9 +285,9 @@ def test_the_surface_is_the_objective_and_the_choice_its_least():
 
 
 def test_one_standard_error_is_that_of_the_validation_loss_and_the_synthetic_one():
-  choice = personal(one_standard_error=True).choice
-  surface = np.array([[objective(between(Params(b, h))) for h in GRID] for b in GRID])
-  best = between(Params(*GRID[list(np.unravel_index(surface.argmin(), surface.shape))]))
+  choice = personal(one_standard_error=True, **UNTRAINED).choice
+  surface = np.array([[objective(away(Params(b, h))) for h in GRID] for b in GRID])
+  best = away(Params(*GRID[list(np.unravel_index(surface.argmin(), surface.shape))]))
   values = entropies(best, *EVERYBODY)  # all synthetic examples are the same here and add nothing
   error = values.std(ddof=1) / np.sqrt(len(values))
   prior = algorithms.settings("ap_fl")["lambda_base"].default, algorithms.settings("ap_fl")["lambda_head"].default
@@ -313,25 +313,25 @@ def test_coefficients_by_gradient_are_those_of_adam_in_numpy(kind):
   s, first, second = np.log(prior / (1 - prior)), np.zeros(prior.shape), np.zeros(prior.shape)
   for t in range(1, 51):
     share = 1 / (1 + np.exp(-s))
-    gradient = slope(lambda x: objective(between(whole(x))), share) + 2 * 0.02 * (share - prior)
+    gradient = slope(lambda x: objective(away(whole(x))), share) + 2 * 0.02 * (share - prior)
     gradient *= share * (1 - share)
     first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
     s -= 0.1 * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
   share = 1 / (1 + np.exp(-s))
-  assert np.abs(share - prior).max() > 0.05
+  assert np.abs(share - prior).max() > 0.015  # far more than what follows tolerates
   settings = {"interpolation": "layer" if kind == "layer" else "grad", "coupled": kind == "coupled"}
-  model = personal(**settings)
+  model = personal(**settings, **UNTRAINED)
   assert int(model.choice.guard) == 0
   np.testing.assert_allclose(model.choice.lambda_base, share[:2].mean() if kind == "layer" else share[0], atol=2e-3)
   np.testing.assert_allclose(model.choice.lambda_head, share[-1], atol=2e-3)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), model.params, between(whole(share)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), model.params, away(whole(share)))
 
 
 def test_mixed_answers_have_the_best_share_and_leave_out_what_nobody_taught():
-  model = personal(interpolation="output")
+  model = personal(interpolation="output", **UNTRAINED)
 
   def mixed(share, x):
-    return share * chances(local(), x) + (1 - share) * chances(friend(), x)
+    return share * chances(local(STEPS), x) + (1 - share) * chances(START, x)
 
   def cost(share):
     nll = lambda x, y: -(y[:, HELD] * np.log(mixed(share, x))).sum(1).mean()
@@ -354,7 +354,7 @@ def test_with_few_validation_examples_the_number_of_examples_decides():
     ("layer", n / (n + 200), n / (n + 12.5)),
     ("output", n / (n + 50), n / (n + 50)),
   ):
-    choice = personal(interpolation=kind, few=True).choice
+    choice = personal(interpolation=kind, few=True, **({} if kind == "grid" else UNTRAINED)).choice
     if int(choice.guard) == 0:
       np.testing.assert_allclose((choice.lambda_base, choice.lambda_head), (base, head), rtol=1e-5)
     else:
@@ -364,10 +364,10 @@ def test_with_few_validation_examples_the_number_of_examples_decides():
 @pytest.mark.parametrize(
   "settings",
   [
-    *({"interpolation": kind} for kind in returning.INTERPOLATIONS),
-    {"one_standard_error": True},
-    {"interpolation": "fixed", "distill": True},
-    {"interpolation": "fixed", "friend": "synthetic"},
+    *({"interpolation": kind} for kind in ("grid", "fixed")),
+    *({"interpolation": kind} | UNTRAINED for kind in ("grad", "size", "layer", "output")),
+    {"one_standard_error": True} | UNTRAINED,
+    {"interpolation": "fixed", "distill": True, "friend": "synthetic"},
   ],
 )
 def test_a_client_without_examples_before_anything_was_taught_gets_the_global_model(settings):
@@ -394,18 +394,29 @@ def test_interpolation_protects_from_a_friend_that_learned_wrong_labels():
   sgd = LocalSGD(jnp.float32(tasks.LEARNING_RATE), tasks.BATCH_SIZE, 1, tasks.STEPS, 100, "examples", "none")
   task = Task(2, classes, tasks.IMAGE_SHAPE, inputs.settings["embeddings"], model, sgd, jnp.int32(5))
   everything = jnp.ones(classes)
-  params = tasks.run(tasks.simulator("fedavg", 2), inputs, 5).server
+
+  at = lambda span, id: Span(span.start[id], span.size[id])
+  own = lambda id: Data(store, at(federation.train, id), at(federation.validation, id))
+
+  @jax.jit
+  def averaged(params):
+    """A round of FedAvg of two clients that weigh alike."""
+    loss, steps = training.classification_loss(task), jnp.int32(tasks.STEPS)
+    each = jax.vmap(lambda id: training.local_sgd(task, loss, params, own(id), steps, jax.random.key(0)))
+    return jax.tree.map(lambda x: x.mean(0), each(jnp.arange(2)))
+
+  params = jax.jit(model.init)(jax.random.key(0))
+  for _ in range(5):
+    params = averaged(params)
   shared = Shared(params, (), everything > 0, (), everything)
   values = {name: algorithms.settings("ap_fl")[name].default for name in returning.Settings._fields}
 
   def accuracy(id, **settings):
     settings = returning.Settings(**values | {"friend_steps": 50} | settings)
-    at = lambda span: Span(span.start[id], span.size[id])
-    data = Data(store, at(federation.train), at(federation.validation))
     personalize = returning.client(task, SOURCE._replace(sample=sample), settings)
-    personal = personalize(Download(shared), (), data, linear.visit(0), jax.random.key(0))
+    personal = personalize(Download(shared), (), own(id), linear.visit(0), jax.random.key(0))
     answer = functools.partial(returning.predict, model, personal)
-    counts = training.evaluate(answer, store, at(federation.test), classes).confusion
+    counts = training.evaluate(answer, store, at(federation.test, id), classes).confusion
     return jnp.trace(counts) / jnp.sum(counts)
 
   alone = jax.jit(lambda id, share: accuracy(id, interpolation="fixed", lambda_base=share, lambda_head=share))

@@ -1,5 +1,7 @@
 """AP-FL's server: sources of samples, what each tier tells, each loss, the schedule, the memory of lost classes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,9 +121,9 @@ def test_a_bank_holds_the_source_s_samples_to_a_byte(name):
 def test_sums_by_class_are_those_of_numpy():
   task = make_task()
   client, images, labels = examples()
-  params = task.model.init(jax.random.key(0))
+  params = jax.jit(task.model.init)(jax.random.key(0))
   got = jax.jit(lambda data: statistics.sums_by_class(task, params, data))(client)
-  features, (tap,) = task.model.base(params.base, jnp.asarray(images))
+  features, (tap,) = jax.jit(task.model.base)(params.base, jnp.asarray(images))
   for c in range(C):
     rows = labels == c
     assert float(got.counts[c]) == rows.sum()
@@ -170,15 +172,15 @@ def test_class_distance_is_the_mean_over_classes_of_their_own():
   real, made = (rng.uniform(size=(40, *SHAPE)).astype(np.float32) for _ in range(2))
   real_labels, labels = rng.integers(0, 3, 40), rng.integers(1, 4, 40)  # 1 and 2 are in both
   hot = lambda label: jnp.eye(C)[label]
-  params = task.model.init(jax.random.key(0))
-  taps = lambda x: task.model.base(params.base, jnp.asarray(x))[1]
+  params = jax.jit(task.model.init)(jax.random.key(0))
+  taps = jax.jit(lambda x: task.model.base(params.base, x)[1])
   sums = statistics.no_sums(task)._replace(
     counts=jnp.sum(hot(real_labels), axis=0),
     images=statistics.class_sums(hot(real_labels), jnp.asarray(real)),
     layers=statistics.layer_sums(hot(real_labels), taps(real)),
   )
   source = sources.source(task, "image")
-  got = generation.class_distance(source, sums, hot(labels), jnp.asarray(made), taps(made))
+  got = jax.jit(lambda *x: generation.class_distance(source, *x))(sums, hot(labels), jnp.asarray(made), taps(made))
 
   def gap(a, b):
     va, vb = a.var(0), b.var(0)
@@ -259,34 +261,35 @@ def test_classes_that_left_are_taught_by_the_model_of_their_time(name):
   assert loss(teacher, one, 2.0)[1] - loss(teacher, one)[1] == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize("weight", ["by_class", "adversarial"])
-def test_losses_of_tier_s2_and_of_the_student_are_in_the_total(weight):
+def test_losses_of_tier_s2_and_of_the_student_are_in_the_total():
   task = make_task()
   images = jax.random.uniform(jax.random.key(1), (20, *SHAPE))
   generator = Generator(init=lambda key: (), apply=lambda params, noise, e: images, noise_size=3)
   source = sources.source(task, "image")._replace(generator=generator)
-  teacher, student = (task.model.init(jax.random.key(s)) for s in (2, 3))
-  rows = generation.draw_rows(task.embeddings, jnp.ones(C), jnp.bool_(False), 20, jax.random.key(4))
   _, real, labels = examples()
-  hot = jnp.eye(C)[labels]
-  real_taps = task.model.base(teacher.base, jnp.asarray(real))[1]
-  sums = known(task, real, labels).classes._replace(layers=statistics.layer_sums(hot, real_taps))
-  seen = jnp.eye(C)[rows.label] * rows.seen[:, None]
-  features, taps = task.model.base(teacher.base, images)
-  guess = training.predict(task.model, student, images).logits
-  logits = task.model.head(teacher.head, features)
-  expected = {
-    "by_class": generation.class_distance(source, sums, seen, images, taps),
-    "adversarial": generation.adversarial(logits, guess, rows.label, rows.seen > 0, jnp.ones(C, bool)),
-  }[weight]
 
   @jax.jit
-  def loss(value):
-    facts = statistics.Statistics((), sums)
-    return drawn_loss(task, source, (), teacher, rows, weights={weight: value}, statistics=facts, student=student)
+  def losses(by_class, adversarial):
+    """The loss at two weights, and what both terms are."""
+    teacher, student = (task.model.init(jax.random.key(s)) for s in (2, 3))
+    rows = generation.draw_rows(task.embeddings, jnp.ones(C), jnp.bool_(False), 20, jax.random.key(4))
+    real_taps = task.model.base(teacher.base, jnp.asarray(real))[1]
+    sums = known(task, real, labels).classes._replace(layers=statistics.layer_sums(jnp.eye(C)[labels], real_taps))
+    seen = jnp.eye(C)[rows.label] * rows.seen[:, None]
+    features, taps = task.model.base(teacher.base, images)
+    guess = training.predict(task.model, student, images).logits
+    logits = task.model.head(teacher.head, features)
+    weights, facts = {"by_class": by_class, "adversarial": adversarial}, statistics.Statistics((), sums)
+    return (
+      drawn_loss(task, source, (), teacher, rows, weights=weights, statistics=facts, student=student),
+      generation.class_distance(source, sums, seen, images, taps),
+      generation.adversarial(logits, guess, rows.label, rows.seen > 0, jnp.ones(C, bool)),
+    )
 
-  assert abs(float(expected)) > 1e-4
-  assert float(loss(2.0) - loss(0.0)) == pytest.approx(2 * float(expected), rel=1e-3)
+  (plain, *terms), (first, *_), (second, *_) = losses(0.0, 0.0), losses(2.0, 0.0), losses(0.0, 2.0)
+  for total, term in zip((first, second), terms, strict=True):
+    assert abs(float(term)) > 1e-4
+    assert float(total - plain) == pytest.approx(2 * float(term), rel=1e-3)
 
 
 # --- rounds -----------------------------------------------------------------------------------------------------------
@@ -302,14 +305,20 @@ SMALL = {
 }
 
 
-class Rounds:
-  """AP-FL between two rounds, its uploads made by hand; features, which are the quickest to compile."""
+@functools.cache
+def compiled(rounds, **settings):
+  """(task, AP-FL, its server at the start, its aggregation); features, which are the quickest to compile."""
+  task = make_task(rounds=rounds)
+  algorithm = algorithms.ap_fl(task, **({"source": "feature"} | SMALL | settings))
+  return task, algorithm, jax.jit(algorithm.init)(jax.random.key(0)), jax.jit(algorithm.aggregate)
 
-  def __init__(self, task: Task, **settings):
-    self.task, self.round = task, 0
-    self.algorithm = algorithms.ap_fl(task, **({"source": "feature"} | SMALL | settings))
-    self.server = jax.jit(self.algorithm.init)(jax.random.key(0))
-    self._aggregate = jax.jit(self.algorithm.aggregate)
+
+class Rounds:
+  """AP-FL between two rounds, its uploads made by hand."""
+
+  def __init__(self, rounds: int = 10, **settings):
+    self.task, self.algorithm, self.server, self._aggregate = compiled(rounds, **settings)
+    self.round = 0
 
   def step(self, held, delta=0.0):
     """A round in which two clients arrive, the first with `held` [C] examples, and every weight moves by `delta`."""
@@ -330,14 +339,26 @@ class Rounds:
     return self.server
 
 
+# What does not get in each other's way; FiLM is refreshed from the third round on.
+MANY = {
+  "n_min": 5,
+  "early_stop": True,
+  "film_refresh": True,
+  "film_after": 0.05,
+  "adversary": True,
+  "lambda_adversarial": 0.0,
+  "generator_steps": 30,
+}
+
+
 def test_the_generator_is_trained_once_at_the_end():
-  rounds = Rounds(make_task(rounds=4), generator_schedule="final")
+  rounds = Rounds(4, generator_schedule="final")
   assert [int(rounds.step([5, 5, 0, 0]).source.rounds) for _ in range(4)] == [0, 0, 0, 1]
   assert (np.asarray(rounds.server.trust) > 0).tolist() == [True, True, False, False]
 
 
 def test_a_class_is_seen_from_n_min_examples_on_and_without_a_memory_nothing_more_is_sent():
-  rounds = Rounds(make_task(), n_min=5)
+  rounds = Rounds(40, **MANY)
   assert [int(rounds.step([2, 5, 1, 0]).source.rounds) for _ in range(2)] == [1, 2]
   shared = rounds.algorithm.download(rounds.server).shared
   assert np.asarray(shared.seen).tolist() == [False, True, False, False]
@@ -348,13 +369,13 @@ def test_a_class_is_seen_from_n_min_examples_on_and_without_a_memory_nothing_mor
 
 @pytest.mark.parametrize(("name", "trust"), [("noise", 1.0), ("none", 0.0)])
 def test_controls_are_believed_wholly_and_nothing_is_not(name, trust):
-  rounds = Rounds(make_task(), source=name)
+  rounds = Rounds(source=name)
   rounds.step([5, 5, 0, 0])
   np.testing.assert_array_equal(rounds.server.trust, [trust, trust, 0, 0])
 
 
 def test_the_server_notices_who_left_and_answers_with_what_it_was():
-  rounds = Rounds(make_task(rounds=9), memory="average", memory_patience=2, source="noise")
+  rounds = Rounds(9, memory="average", memory_patience=2, source="noise")
   rounds.step([5, 5, 5, 0], 0.1)
   then = tasks.on_host(rounds.step([5, 5, 5, 0], 0.1).params)
   tasks.assert_same(rounds.server.memory.params, then)
@@ -378,7 +399,7 @@ def test_the_server_notices_who_left_and_answers_with_what_it_was():
 
 def test_the_last_round_distils_what_left_back_into_the_head():
   """The old model knows the class that left, the new one has forgotten it; others keep their answers."""
-  rounds = Rounds(make_task(rounds=5), memory="distil", memory_patience=1, generator_steps=20)
+  rounds = Rounds(5, memory="distil", memory_patience=1, generator_steps=20)
   rounds.step([5, 5, 5, 5])
   old = rounds.server.params
   lowered = jax.tree.map(lambda w: w, old)
@@ -401,7 +422,7 @@ def test_the_last_round_distils_what_left_back_into_the_head():
 
 
 def test_early_stop_rests_while_samples_are_recognised_and_goes_on_when_not():
-  rounds = Rounds(make_task(rounds=40), early_stop=True)
+  rounds = Rounds(40, **MANY)
   rounds.step([5, 5, 5, 5])
   sure = rounds.server.source._replace(stale=jnp.int32(5))
   rounds.server = rounds.server._replace(source=sure, trust=jnp.full(C, 0.99))
@@ -411,7 +432,7 @@ def test_early_stop_rests_while_samples_are_recognised_and_goes_on_when_not():
 
 
 def test_a_refresh_moves_what_says_the_class_and_nothing_else():
-  rounds = Rounds(make_task(rounds=4), film_refresh=True, film_after=0.5)
+  rounds = Rounds(40, **MANY)
   moved = []
   for _ in range(3):
     before = tasks.on_host(rounds.server.source.params)
@@ -423,7 +444,7 @@ def test_a_refresh_moves_what_says_the_class_and_nothing_else():
 
 
 def test_the_student_learns_from_samples():
-  rounds = Rounds(make_task(), adversary=True, lambda_adversarial=0.0, generator_steps=30)
+  rounds = Rounds(40, **MANY)
   before = tasks.on_host(rounds.server.source.student)
   rounds.step([5, 5, 5, 5])
   source = sources.source(rounds.task, "feature")

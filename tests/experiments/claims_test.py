@@ -12,7 +12,7 @@ from apfl_jax import algorithms
 from apfl_jax.errors import InputError
 from apfl_jax.report import run, tables
 from experiments import claims, config, criteria, fronts
-from experiments.criteria import CLAIMS, FAILS, HOLDS, NOT_MEASURED, REPORTED, TIE, Found, of
+from experiments.criteria import CLAIMS, FAILS, HOLDS, NOT_MEASURED, REPORTED, TIE, Found, of, told
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2, 3, 4)
@@ -25,6 +25,7 @@ def found(
   raw=0.5,
   pooled=0.6,
   unseen=0.5,
+  lost=3,
   share=0.4,
   flops=1e12,
   left=0.5,
@@ -42,7 +43,7 @@ def found(
     "reweighted_accuracy": bars(own),
     "global_accuracy": bars(raw),
     "pooled_accuracy": {"personal_dropped": pooled + shift, "global_model": pooled + shift},
-    "unseen": {"restricted_accuracy": unseen + shift},
+    "unseen": {"restricted_accuracy": unseen + shift, "classes": list(range(lost))},
     "cost": {"generator_flops": flops, "generator_share": share},
     "recall": {"global_model": spread, "personal": spread},
     "monopolistic_classes": [0, 1],
@@ -83,6 +84,12 @@ def test_the_interval_decides(differences, verdict):
   assert criteria.decide(None, 0.01) == NOT_MEASURED
 
 
+@pytest.mark.parametrize(("value", "verdict"), [(0.0, FAILS), (1e-6, HOLDS), (-1e-6, FAILS)])
+def test_what_has_no_effect_is_not_above_nothing(value, verdict):
+  sample = criteria.paired(dict.fromkeys(SEEDS, value), dict.fromkeys(SEEDS, 0.0))
+  assert criteria.decide(sample, 0.0, strict=True) == verdict
+
+
 def test_of_several_the_worst_stands():
   assert criteria.worst([HOLDS, TIE, HOLDS]) == TIE and criteria.worst([TIE, FAILS]) == FAILS
   assert criteria.worst([HOLDS, NOT_MEASURED]) == NOT_MEASURED == criteria.worst([])
@@ -101,6 +108,7 @@ def test_a2_no_worse_than_the_best_and_better_than_the_median():
   assert verdicts("A2", {of("ap_fl"): runs_of(own=0.9)} | rivals) == [HOLDS, HOLDS]
   assert verdicts("A2", {of("ap_fl"): runs_of(own=0.85)} | rivals) == [FAILS, HOLDS]
   assert verdicts("A2", {of("ap_fl"): runs_of(own=0.7)} | rivals) == [FAILS, FAILS]
+  assert verdicts("A2", {of("ap_fl"): runs_of(own=0.8)} | rivals) == [FAILS, FAILS]  # not better: the same
 
 
 def skewed(name, own, pooled):
@@ -156,6 +164,11 @@ def test_a6_has_controls_and_costs_nothing():
   assert verdicts("A6", evidence) == [HOLDS, HOLDS]
   assert verdicts("A6", evidence | {kinds["onehot"]: runs_of(unseen=0.65)}) == [FAILS, HOLDS]
   assert verdicts("A6", evidence | {kinds["attributes"]: runs_of(unseen=0.3, own=0.8)}) == [FAILS, FAILS]
+  assert verdicts("A6", evidence | {kinds["onehot"]: runs_of(unseen=0.6)})[0] == FAILS
+  # Among five classes chance is a fifth.
+  blank = {variant: runs_of(unseen=0.1) for variant in (kinds["onehot"], kinds["random"])}
+  assert verdicts("A6", evidence | blank | {kinds["attributes"]: runs_of(unseen=0.25, lost=5)})[0] == HOLDS
+  assert verdicts("A6", evidence | blank | {kinds["attributes"]: runs_of(unseen=0.25)})[0] == FAILS
 
 
 def test_a7_bad_samples():
@@ -208,7 +221,11 @@ def test_a11_compares_fronts():
   rival = of("ditto", ditto_proximal_weight=1.0)
   worse = [row.verdict for row in CLAIMS["A11"].judge(evidence | {rival: runs_of(own=0.9, pooled=0.7)})]
   assert worse[0] == worse[3] == FAILS and worse.count(FAILS) == 2
+  even = {v: runs_of(own=0.9, pooled=0.5) for v in evidence}
+  assert [row.verdict for row in CLAIMS["A11"].judge(even)[:8]] == [HOLDS] + [FAILS] * 7  # on it, ahead of nothing
+  assert CLAIMS["A11"].judge(evidence | {rival: {}})[0].verdict == HOLDS  # other variants of it are there
   out_of_reach = CLAIMS["A11"].judge(evidence | {rival: runs_of(own=0.99, pooled=0.3)})
+  assert out_of_reach[3].measured.endswith("(does not get there on 5 of 5 seeds)")
   assert out_of_reach[0].verdict == FAILS and out_of_reach[1].verdict == FAILS  # nobody else gets there
 
 
@@ -271,6 +288,12 @@ def test_variants_change_what_the_scale_says():
     1.0,
     2,
   )
+  given = {"local_steps": 10, "fedavg_ft_head_only": True, "gpfl_decay": 0.5}
+  for name, settings in (("local", {}), ("fedavg", {}), ("fedavg_ft", {"head_only": True}), ("gpfl", {"decay": 0.5})):
+    plain = claims.make(of(name), 0, "digits", {}).settings
+    made = claims.make(of(name), 0, "digits", given)
+    assert made.local_steps == 10 and made.settings == plain | settings
+  assert told(of("local", local_steps=3)) == "local+local_steps=3"
   for scale in claims.SCALES:
     assert set(claims.SCALES[scale].settings) <= {field.name for field in config.fields()}
 

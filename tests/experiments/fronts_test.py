@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from experiments import fronts
@@ -32,19 +33,44 @@ def test_the_best_at_a_level_is_the_best_of_those_that_reach_it():
 
 def test_a_lead_is_seed_by_seed_at_the_same_level():
   rival = [point(0.9, 0.3, seeds=(0, 1)), point(0.5, 0.9)]
-  got = fronts.lead(SOME, rival, 0.85)
-  assert got.mean == pytest.approx(0.2) and len(got.differences) == 2
-  assert fronts.lead(SOME, rival, 0.4).mean == pytest.approx(-0.2)
-  assert fronts.lead(SOME, rival, 0.93) is None  # the rival is not there
+  every = [*SOME, *rival]
+  at = lambda level: fronts.lead(SOME, rival, every, point(level, 0.0))
+  assert at(0.85).mean == pytest.approx(0.2) and len(at(0.85).differences) == 2  # of the rival's two seeds
+  assert at(0.4).mean == pytest.approx(-0.2) and len(at(0.4).differences) == 3
+  nowhere = fronts.lead(SOME, rival, every)  # at .94, where the rival is not
+  assert nowhere.differences.tolist() == [1, 1, 1] and nowhere.low == 1
+  assert fronts.lead(rival, SOME, every).high == -1
+  assert fronts.lead(SOME, [], SOME).mean is None
 
 
-def test_the_least_lead_is_that_over_the_rivals_whole_front():
-  rival = [point(0.94, 0.3), point(0.78, 0.69), point(0.6, 0.68)]
-  assert fronts.least_lead(SOME, rival, 0.94).mean == pytest.approx(0.01)
-  beyond = [point(0.99, 0.1)]
-  assert fronts.least_lead(SOME, beyond, 0.98) is None
-  assert fronts.least_lead(SOME, beyond, 0.94).mean == pytest.approx(0.3)  # above the top counts as the top
-  assert fronts.least_lead([], rival, 0.9) is None and fronts.least_lead(SOME, [], 0.9) is None
+def test_leads_are_those_at_the_rivals_whole_front():
+  means = lambda rival: [pair.mean for pair in fronts.leads(SOME, rival, [*SOME, *rival])]
+  assert means([point(0.94, 0.3), point(0.78, 0.69), point(0.6, 0.68)]) == pytest.approx([0.01, 0.1])
+  assert means([point(0.949, 0.1)]) == pytest.approx([0.3])  # above the top counts as the top
+  assert means([point(0.99, 0.1)]) == [-1] and means([]) == []
+  assert [pair.mean for pair in fronts.leads([], SOME, SOME)] == [None] * 3
+
+
+def test_of_equal_methods_the_one_with_more_variants_is_not_ahead():
+  rng = np.random.default_rng(0)
+  found = []
+  for _ in range(60):
+    one, many = (
+      [fronts.Point("", "", dict.fromkeys(range(5), 0.9), dict(enumerate(rng.normal(0.5, 0.1, 5)))) for _ in range(n)]
+      for n in (1, 20)
+    )
+    best = max(fronts.mean(p.pooled) for p in many) - fronts.mean(one[0].pooled)
+    found.append((fronts.lead(many, one, [*one, *many]).mean, best))
+  honest, best = np.mean(found, axis=0)
+  assert abs(honest) < 0.02 < 0.06 < best
+
+
+def test_a_seed_has_no_part_in_the_choice_of_its_own_level():
+  """Without seed 0 the second method is nowhere near; seed 0 alone would set a level that the first does not reach."""
+  flat = lambda value: dict.fromkeys(range(3), value)
+  points = [fronts.Point("a", "", flat(0.9), flat(0.7)), fronts.Point("b", "", {0: 0.99, 1: 0.86, 2: 0.86}, flat(0.5))]
+  got = fronts.lead(points[:1], points[1:], points)
+  assert got.differences.tolist() == [1, -1, -1]
 
 
 def test_points_without_numbers_are_left_out():

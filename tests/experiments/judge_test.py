@@ -1,7 +1,8 @@
 """The judge and what it says, on the fast task: a generator that copies, one that draws noise, and a real run."""
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from apfl_jax import algorithms, data, nn, report
+from apfl_jax.types import Store
 from experiments import job, judge
 from experiments.config import Config
 from tests import tasks
@@ -31,14 +33,16 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
+@pytest.fixture(autouse=True, scope="module")
+def quick(tmp_path_factory):
   """Judges in a folder of their own, and short training, which is enough for the fast task."""
-  monkeypatch.setenv("APFL_JAX_CACHE", str(tmp_path / "cache"))
-  monkeypatch.setattr(judge, "_JUDGE_STEPS", 200)
-  monkeypatch.setattr(judge, "_STUDENT_STEPS", 100)
-  monkeypatch.setattr(judge, "_STUDENTS", 2)
-  monkeypatch.setattr(report, "write", lambda workdir: None)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("APFL_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setattr(judge, "_JUDGE_STEPS", 200)
+    patch.setattr(judge, "_STUDENT_STEPS", 100)
+    patch.setattr(judge, "_STUDENTS", 2)
+    patch.setattr(report, "write", lambda workdir: None)
+    yield
 
 
 def settled(kind):
@@ -64,33 +68,52 @@ def test_a_judge_knows_the_classes_and_is_trained_once(monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, judge.judge(dataset, "mlp")[1], params)
 
 
-@pytest.mark.parametrize("kind", ["copies", "noise"])
-def test_samples_that_are_real_and_samples_that_are_nothing(kind, monkeypatch, tmp_path):
-  method = algorithms.METHODS["fedavg"]._replace(
-    samples=settled(kind), trust=lambda server: jnp.linspace(0, 1, tasks.NUM_CLASSES)
-  )
-  monkeypatch.setitem(algorithms.METHODS, "fedavg", method)
-  summary = job.run(Config(algorithm="fedavg", workdir=str(tmp_path / "run"), judge=16, **SMALL))
-  section, privacy = summary["samples"], summary["privacy"]
-  assert section["judge_accuracy"] > 0.9 and section["trust"]["each"] == pytest.approx(
-    np.linspace(0, 1, tasks.NUM_CLASSES)
-  )
-  unseen = summary["unseen"]["classes"]
-  assert set(section["recognised"]).isdisjoint(unseen) and len(section["recognised"]) > 1
-  if kind == "copies":
-    assert section["agreement"]["mean"] > 0.9
-    assert section["tstr"]["mean"] > section["teacher"] - 0.15
-    assert section["modes"]["each"] == [16] * len(section["modes"]["each"])
-    assert privacy["closer"] > 0.6
-  else:
-    assert section["agreement"]["mean"] < 0.6
-    assert section["tstr"]["mean"] < 0.8
-  assert 0 <= privacy["loss_auc"] <= 1 and privacy["examples"] > 50
-  with np.load(tmp_path / "run" / "arrays.npz") as file:
+def drawing(kind):
+  """FedAvg as a method with samples."""
+  trust = lambda server: jnp.linspace(0, 1, tasks.NUM_CLASSES)
+  return algorithms.METHODS["fedavg"]._replace(samples=settled(kind), trust=trust)
+
+
+class Copied(NamedTuple):
+  summary: dict[str, Any]
+  workdir: Path
+  measured: tuple  # the arguments of `judge.measure`
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+  """A run whose samples are training images."""
+  workdir, given = tmp_path_factory.mktemp("run"), []
+  measure = judge.measure
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(algorithms.METHODS, "fedavg", drawing("copies"))
+    patch.setattr(judge, "measure", lambda *arguments: given.append(arguments) or measure(*arguments))
+    summary = job.run(Config(algorithm="fedavg", workdir=str(workdir), judge=16, **SMALL))
+  return Copied(summary, workdir, given[0])
+
+
+def test_samples_that_are_real(copied):
+  section, privacy = copied.summary["samples"], copied.summary["privacy"]
+  assert section["judge_accuracy"] > 0.9
+  assert section["trust"]["each"] == pytest.approx(np.linspace(0, 1, tasks.NUM_CLASSES))
+  assert set(section["recognised"]).isdisjoint(copied.summary["unseen"]["classes"]) and len(section["recognised"]) > 1
+  assert section["agreement"]["mean"] > 0.9
+  assert section["tstr"]["mean"] > section["teacher"] - 0.15
+  assert section["modes"]["each"] == [16] * len(section["modes"]["each"])
+  assert privacy["closer"] > 0.6 and 0 <= privacy["loss_auc"] <= 1 and privacy["examples"] > 50
+  with np.load(copied.workdir / "arrays.npz") as file:
     np.testing.assert_allclose(file["trust"], section["trust"]["each"])
     np.testing.assert_allclose(file["agreement"], section["agreement"]["each"])
-  kept = json.loads((tmp_path / "run" / "summary.json").read_text())
+  kept = json.loads((copied.workdir / "summary.json").read_text())
   assert kept["samples"] == section and kept["privacy"] == privacy
+
+
+def test_samples_that_are_nothing(copied, monkeypatch):
+  monkeypatch.setitem(algorithms.METHODS, "fedavg", drawing("noise"))
+  section = judge.measure(*copied.measured)[0]["samples"]
+  assert section["judge_accuracy"] > 0.9
+  assert section["agreement"]["mean"] < 0.6
+  assert section["tstr"]["mean"] < 0.8
 
 
 def test_ap_fl_says_how_far_it_trusts_a_class():
@@ -99,14 +122,14 @@ def test_ap_fl_says_how_far_it_trusts_a_class():
   assert trust(server).shape == (tasks.NUM_CLASSES,)
 
 
-def test_without_a_generator_only_the_model_can_give_something_away(tmp_path):
-  summary = job.run(Config(algorithm="fedavg", workdir=str(tmp_path / "run"), judge=8, **SMALL))
-  assert summary["samples"] is None and summary["privacy"]["closer"] is None
-  assert 0 <= summary["privacy"]["loss_auc"] <= 1
+def test_without_a_generator_only_the_model_can_give_something_away(copied):
+  found, arrays = judge.measure(*copied.measured)
+  assert found["samples"] is None and found["privacy"]["closer"] is None and not arrays
+  assert 0 <= found["privacy"]["loss_auc"] <= 1
 
 
-def test_members_and_others_are_of_the_same_classes_and_members_took_part(tmp_path):
-  prepared = job.prepare(Config(algorithm="fedavg", judge=1, **SMALL))
+def test_members_and_others_are_of_the_same_classes_and_members_took_part(copied):
+  prepared = copied.measured[0]
   times = np.array([1, 0, 2, 0, 0, 1])
 
   class Result:
@@ -123,10 +146,12 @@ def test_plain_training_learns():
   dataset = data.load("fast")
   model = nn.classifier("mlp", dataset.images.shape[1:], len(dataset.class_names))
   key = judge.random.key(1, judge.random.Purpose.JUDGE)
+  train, rows = judge._fit(model, len(dataset.class_names)), jnp.arange(len(dataset.labels))
+  store = Store(jnp.asarray(dataset.images), jnp.asarray(dataset.labels, jnp.int32), rows)
+  every = np.ones(len(dataset.class_names), bool)
   accuracy = []
   for steps in (0, 200):
-    params = judge.fit(model, dataset.images, dataset.labels, len(dataset.class_names), steps, key)
-    every = np.ones(len(dataset.class_names), bool)
+    params = train(store, jnp.int32(steps), key)
     confusion = judge._confusion(model, params, dataset.test_images, dataset.test_labels, every)
     accuracy.append(np.trace(confusion) / confusion.sum())
   assert accuracy[1] > 0.9 > accuracy[0] + 0.2

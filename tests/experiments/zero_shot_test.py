@@ -69,6 +69,12 @@ def test_sets_differ_and_what_the_server_knows_is_of_clients_that_take_part(tmp_
     list(zero_shot.bases(tmp_path, tier, zero_shot.plan(1, 0, lambda seed: build(seed, rounds=4))))
 
 
+def test_a_virtual_clock_is_refused():
+  config = make(0, clock="synchronous")
+  with pytest.raises(InputError, match="clock: got 'synchronous', accepted is rounds"):
+    zero_shot.train(SimpleNamespace(config=config, clock="a plan"), None)
+
+
 def test_more_sets_than_there_are_is_refused(monkeypatch):
   """Sets of another size, which chance makes, are passed over."""
   lost = lambda seed: np.isin(np.arange(4), [seed % 4, (seed + 1) % 4, *([2] if seed % 3 == 0 else [])])
@@ -99,7 +105,8 @@ def world(unseen=(0, 3, 7), num_classes=10, noise=0.2):
 
 def test_tables_that_say_something_beat_those_that_do_not():
   base, dataset = world()
-  found = zero_shot.board(base, ["onehot", "random", "attributes"], dataset, seed=4, random_tables=3)
+  usual = zero_shot.Scoring()
+  found = zero_shot.board(base, ["onehot", "random", "attributes"], dataset, usual, seed=4, random_tables=3)
   assert len(found) == 1 + 3 + 1
   rows = [{"seed": 4, "tier": "s2", **row} for row in found]
   best, control = (next(row for row in rows if row["embeddings"] == kind) for kind in ("attributes", "onehot"))
@@ -112,6 +119,14 @@ def test_tables_that_say_something_beat_those_that_do_not():
   ahead = entry["restricted_accuracy less random"]
   assert ahead["mean"] == pytest.approx(best["restricted_accuracy"] - random)
   assert entry["passes"] == 1.0
+
+  scored = lambda **given: zero_shot.board(
+    base, ["attributes"], dataset, zero_shot.Scoring(**given), seed=4, random_tables=1
+  )[0]
+  assert scored(ap_fl_unseen_keep=0.95)["seen_accuracy"] > best["seen_accuracy"] + 0.05
+  assert scored(ap_fl_unseen_penalty=30.0)["shift"] != best["shift"]
+  assert scored(embedding_influence=0.0)["restricted_accuracy"] == control["restricted_accuracy"]
+  assert scored(embedding_whitening=True)["shift"] != best["shift"]
 
 
 def test_the_board_is_a_table_with_errors_over_sets():

@@ -133,7 +133,7 @@ def ap_fl(
     lambda_kd: weight of that; with `distill`.
     temperature: tau, at which answers are compared; with `distill`.
     request: the classes of a client's synthetic examples, as far as they are trusted: 'own_and_seen', those that it
-      holds or somebody taught; 'own', 'seen'; 'all', unseen ones too.
+      holds or somebody taught; 'own', 'seen'. No client learns from samples of unseen classes (2.7 d).
     synthetic_examples: synthetic images a client trains its friend on; a quarter more is held out to choose lambdas.
     interpolation: how the coefficients are found: 'grid'; 'grad', by gradient; 'layer', so and one for each layer;
       'size', from the number of examples; 'output', one, for probabilities and not for weights, by grid; 'fixed'.
@@ -148,35 +148,38 @@ def ap_fl(
   """
   if coupled and interpolation in ("layer", "output", "fixed"):
     raise InputError(
-      f"ap_fl_coupled: got true with interpolation={interpolation}, accepted is it with grid, grad, size"
+      f"ap_fl_coupled: got true with --ap_fl_interpolation={interpolation}; accepted are"
+      " --ap_fl_interpolation=grid, grad or size"
     )
   if friend == "peer" and task.num_clients > peers.MOST:
     raise InputError(
-      f"ap_fl_friend: got 'peer' with num_clients={task.num_clients}, accepted are at most {peers.MOST}: the server"
-      " keeps a model of each"
+      f"ap_fl_friend: got 'peer' with --num_clients={task.num_clients}, of each of which the server keeps a model;"
+      f" accepted are at most {peers.MOST}"
     )
   if friend_steps > task.sgd.personal_steps:
     raise InputError(
-      f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to personal_steps={task.sgd.personal_steps}"
+      f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to --personal_steps={task.sgd.personal_steps}"
     )
   if source == "class_means" and tier != "s2":
-    raise InputError(f"ap_fl_source: got 'class_means' with tier {tier}, accepted is it with ap_fl_tier=s2")
+    raise InputError(f"ap_fl_source: got 'class_means' with --ap_fl_tier={tier}; accepted is --ap_fl_tier=s2")
   if memory != "none" and tier == "s0":
-    raise InputError(f"ap_fl_memory: got {memory!r} with tier s0, accepted is it with ap_fl_tier=s1 or s2")
+    raise InputError(f"ap_fl_memory: got {memory!r} with --ap_fl_tier=s0; accepted is --ap_fl_tier=s1 or s2")
   if unseen in ("anchored", "generator_head") and task.model.semantics is None:
-    raise InputError(f"ap_fl_unseen: got {unseen!r} with a free head, accepted is it with head anchored or cosine")
+    raise InputError(f"ap_fl_unseen: got {unseen!r} with a free head; accepted is --head=anchored or cosine")
   if unseen != "none" and tier != "s2" and source in ("untrained", "noise", "none"):
     raise InputError(
-      f"ap_fl_unseen: got {unseen!r} with source {source} and tier {tier}, which know nothing of seen classes;"
-      " accepted is it with another source or ap_fl_tier=s2"
+      f"ap_fl_unseen: got {unseen!r} with --ap_fl_source={source} --ap_fl_tier={tier}, which know nothing of seen"
+      " classes; accepted is --ap_fl_source=image, feature or class_means, or --ap_fl_tier=s2"
     )
   if unseen == "generator_head" and (source not in ("image", "feature") or tier == "s2"):
     raise InputError(
-      "ap_fl_unseen: got 'generator_head', accepted is it with source image or feature and tier s0 or s1"
+      f"ap_fl_unseen: got 'generator_head' with --ap_fl_source={source} --ap_fl_tier={tier}; accepted are"
+      " --ap_fl_source=image or feature and --ap_fl_tier=s0 or s1"
     )
   if unseen != "none" and interpolation == "output":
     raise InputError(
-      f"ap_fl_unseen: got {unseen!r} with interpolation output, whose models have two bases, accepted is it with others"
+      f"ap_fl_unseen: got {unseen!r} with --ap_fl_interpolation=output, whose models have two bases; accepted"
+      f" is --ap_fl_interpolation={', '.join(kind for kind in returning.INTERPOLATIONS if kind != 'output')}"
     )
   origin = sources.source(task, source)
   offered = sources.banked(origin) if ship == "bank" else origin

@@ -36,15 +36,14 @@ from apfl_jax.algorithms.ap_fl.interpolation import (
 from apfl_jax.algorithms.ap_fl.server import APART, own_classes
 from apfl_jax.algorithms.ap_fl.sources import Source
 from apfl_jax.algorithms.ap_fl.state import Answering, Pair, Shared
-from apfl_jax.algorithms.ap_fl.unseen import Reading, for_client, placed
+from apfl_jax.algorithms.ap_fl.unseen import LEFT_OUT, Reading, for_client, placed
 from apfl_jax.types import Array, Data, Download, Key, Model, Params, Prediction, PyTree, Task, Visit
 
 FRIENDS = ("mix", "synthetic", "peer", "global")
-REQUESTS = ("own_and_seen", "own", "seen", "all")
+REQUESTS = ("own_and_seen", "own", "seen")
 INTERPOLATIONS = ("grid", "grad", "size", "layer", "output", "fixed")
 
 _MANY_VALIDATION = 20  # examples under which no coefficient is chosen by them (method 2.9 c)
-_LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
 _BLOCK = 64  # validation examples at once
 
 Features = Callable[[PyTree], Array]  # (base) -> float32 [B, F]
@@ -83,12 +82,7 @@ def requested(request: str, shared: Shared, histogram: Array) -> Array:
     histogram: float32 [C], its training examples of each class.
   """
   held = histogram > 0
-  asked = {
-    "own_and_seen": shared.seen | held,
-    "own": held,
-    "seen": shared.seen,
-    "all": jnp.ones_like(held),
-  }[request]
+  asked = {"own_and_seen": shared.seen | held, "own": held, "seen": shared.seen}[request]
   own = jnp.sqrt(histogram) / jnp.maximum(jnp.sum(jnp.sqrt(histogram)), 1e-12)
   weights = jnp.where(asked, shared.trust * (0.5 * own + 0.5 / jnp.sum(asked)), 0.0)
   return jnp.where(jnp.sum(weights) > 0, weights, (shared.seen | held).astype(jnp.float32))
@@ -106,7 +100,7 @@ def predict(model: Model, chosen: Answering, images: Array) -> Prediction:
   if isinstance(chosen.reading, Reading):
     return placed(model, chosen.reading, prediction, chosen.answers)
   # Lowered and not removed: among the classes left out the order stays, for the restricted score.
-  return prediction._replace(logits=prediction.logits - _LEFT_OUT * ~chosen.answers)
+  return prediction._replace(logits=prediction.logits - LEFT_OUT * ~chosen.answers)
 
 
 def mixed_answers(local: Array, friend: Array, share: Array, classes: Array) -> Array:
@@ -141,8 +135,6 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
     # The local model takes the key as fine-tuning does: the two are then the same model to the bit.
     friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, APART), 3)
     histogram, classes = own_classes(task, shared, data)
-    if settings.request == "all":
-      classes |= shared.trust > 0
     softmax = classes if settings.mask_softmax else None
     loss = training.classification_loss(task, softmax)
     local = training.fine_tune(task, loss, shared.start, data, local_steps, key)

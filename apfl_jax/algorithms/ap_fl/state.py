@@ -148,8 +148,8 @@ class Sent(NamedTuple):
 
   Attributes:
     delta: the model's change.
-    layers: Moments of each layer; () under tier s1.
-    classes: ByClass, sums over the client's weight, so that their weighted total is the sum; () under tier s2.
+    layers: Moments of each layer; () below tier s1.
+    classes: ByClass, sums over the client's weight, so that their weighted total is the sum; () below tier s2.
   """
 
   delta: Params

@@ -26,7 +26,7 @@ from apfl_jax.types import Array, Data, Key, Model, Prediction, PyTree, Task
 
 KINDS = ("none", "anchored", "prototypes", "generator_head")
 _TRIPLES = 300  # of classes, left out together; all of them up to 13 classes
-_LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
+LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
 _HEAD_STEPS = 100  # of head-only training
 _BLOCK = 64  # validation examples by which a client chooses its shift
 _NEVER = -1e6  # a shift with which no unseen class is ever answered
@@ -60,14 +60,12 @@ class Reading(NamedTuple):
     source: what scores are computed from: `Prototypes`, the parameters of a head, or () for the model's own head.
     unit: float32 [], the mean gap between the best and the second best seen class, in raw scores.
     shift: float32 [], in units: an unseen class is answered where it falls short of the best seen one by less.
-    trust: float32 [] in [0, 1], of the table of classes.
     trusted: bool [], whether unseen classes are answered at all.
   """
 
   source: PyTree
   unit: Array
   shift: Array
-  trust: Array
   trusted: Array
 
 
@@ -201,7 +199,7 @@ def read(raw: Array, seen: Array, source: PyTree, accuracy: Array, settings: Set
   unit = gap(raw, mask, seen)
   right = mask & (jnp.argmax(jnp.where(seen, raw, -jnp.inf), axis=-1) == label)
   shift = stacking(raw / unit, right, seen, settings.keep)
-  return Reading(source, unit, shift, table_trust(accuracy), accuracy >= settings.gate)
+  return Reading(source, unit, shift, accuracy >= settings.gate)
 
 
 def head_on_samples(model: Model, head: PyTree, features: Array, steps: int) -> PyTree:
@@ -231,7 +229,7 @@ def answer(logits: Array, scores: Array, seen: Array, shift: Array, trusted: Arr
 
   Seen classes keep their logits: which of them is answered does not change. Where the best unseen score falls short of
   the best seen one by less than the shift, that unseen class is the answer. Not trusted, all are lowered far below;
-  their order stays, for the restricted score.
+  their order stays, for the restricted score. While nothing is seen all keep their logits.
 
   Args:
     logits: float32 [B, C], the model's own.
@@ -240,9 +238,10 @@ def answer(logits: Array, scores: Array, seen: Array, shift: Array, trusted: Arr
     shift: float32 [].
     trusted: bool [].
   """
-  best = lambda x: jnp.max(jnp.where(seen, x, -jnp.inf), axis=-1, keepdims=True)
+  anything = jnp.any(seen)
+  best = lambda x: jnp.max(jnp.where(seen | ~anything, x, -jnp.inf), axis=-1, keepdims=True)
   placed = best(logits) + scores - best(scores) + shift
-  return jnp.where(seen, logits, jnp.where(trusted, placed, placed - _LEFT_OUT))
+  return jnp.where(seen | ~anything, logits, jnp.where(trusted, placed, placed - LEFT_OUT))
 
 
 # --- in AP-FL ---------------------------------------------------------------------------------------------------------
