@@ -234,7 +234,7 @@ def curves(panels: Sequence[Panel]) -> bytes:
       axes.set_title(panel.title, pad=18 if panel.spans else None)
       axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log" if panel.log else "linear")
       axes.grid(axis="y")
-      if axes.lines:
+      if panel.curves:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)
     return _png(figure)
 
