@@ -1,11 +1,12 @@
 """What asynchrony shows: `python -m experiments.asynchrony --scale=digits --seeds=1,2,3 --output=DIR`.
 
-Three parts [O], all on the virtual clock:
+Three parts [O], in virtual time:
   target  heavy-tailed speeds: FedBuff on the asynchronous clock against synchronous FedAvg, plain and with
           over-selection and a deadline; virtual seconds and bytes to a target, idle time, staleness.
   return  claim A9 (method 5): clients that stayed away return at some virtual time, with one download and no round,
           beside their twins in a run of the same seed and data in which nobody was away; how long a return takes.
   life    the life of a class: its holders are all there, one is left, none is, all are back; the global model's recall.
+          Synchronous rounds of equal speeds, a visit of seconds each, without the clock, which refuses the mask `present`.
 
 Runs lie in folders of DIR (`experiments/runs.py`), beside them asynchrony.json, asynchrony.md and a picture of each
 part. Any setting of a run can be given as a flag and holds for all runs, but for what tells those of a part apart. What
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from absl import flags
@@ -210,15 +212,18 @@ def return_seconds(down: npt.ArrayLike, speed: npt.ArrayLike, settings: Config) 
 
 def _latency(done: Done) -> np.ndarray:
   """float [n]: `return_seconds` of the clients that stayed away, whose only download that was."""
-  asked = done.config
   with open(done.read.path / "clients.csv", newline="") as file:
     down = np.array([float(row["bytes_down"]) for row in csv.DictReader(file)])
   ids, gone = done.read.clients.id, done.read.clients.dropped
-  # As a run chains them, so that a client is as fast as there.
-  others = population.waiting(0), population.speeds(asked.speed, asked.speed_spread)
-  process = population.make(("none",), len(ids), np.zeros(1, np.float32), *others)
-  speed = np.asarray(population.look(process, population.start(process, asked.seed), 0, ids, asked.seed).speed)
-  return return_seconds(down[gone], speed[gone], asked)
+  return return_seconds(down[gone], speeds(done.config, ids[gone]), done.config)
+
+
+def speeds(settings: Config, ids: npt.ArrayLike) -> np.ndarray:
+  """float [n]: of some of a run's clients, by its law of speeds; drawn as the run does, after one other process."""
+  others = population.waiting(0), population.speeds(settings.speed, settings.speed_spread)
+  process = population.make(("none",), settings.num_clients, jnp.zeros(1), *others)
+  state = population.start(process, settings.seed)
+  return np.asarray(population.look(process, state, 0, jnp.asarray(ids), settings.seed).speed)
 
 
 def _return(found: Runs) -> Judged:
@@ -374,12 +379,11 @@ def _life(found: Runs) -> Judged:
     rounds = done.config.rounds
     measured = recalls(done.read.metrics, chosen(done.read.arrays["histogram"]).label)
     ends.setdefault(label, {})[seed] = at_ends(measured, rounds)
-    seconds = {told["round"]: told["virtual_seconds"] for told in done.read.metrics}
+    length = done.config.local_steps * done.config.step_seconds
     for side, curves in enumerate(panels):
       curves.append(
-        plots.Curve(label, [seconds[round] for round in measured], [100 * both[side] for both in measured.values()])
+        plots.Curve(label, [length * round for round in measured], [100 * both[side] for both in measured.values()])
       )
-    length = done.read.summary["time"]["virtual_seconds"] / rounds
     edges = [*begins(rounds).values(), rounds]
     spans = {name: (length * a, length * b) for name, a, b in zip(PHASES, edges, edges[1:], strict=False)}
   at = lambda label, phase, side: {s: by[phase][side] for s, by in ends.get(label, {}).items() if phase in by}
@@ -441,7 +445,7 @@ PARTS = {
     _return,
   ),
   "life": Part(
-    {"clock": "synchronous", "monopolistic_classes": 0, "dropout": "trace", "rounds": 60, "eval_every": 3},
+    {"monopolistic_classes": 0, "dropout": "trace", "rounds": 60, "eval_every": 3},
     {
       "fedavg": of("fedavg"),
       "fedavg+mask": of("fedavg", **_MASK),
@@ -481,7 +485,8 @@ _WORDS = {
   " time; as many clients are at work at a time in both runs. Both accuracies are on the client's own test examples."
   " Clients of a run share a server, so that intervals over pairs are narrower than over seeds.",
   "life": "Mean over seeds ± deviation of the global model's recall on pooled images (%), in the last evaluated round"
-  " of each phase: all holders of a class are there, the one that has most of it, none, all again.",
+  " of each phase: all holders of a class are there, the one that has most of it, none, all again. All are equally"
+  " fast, so that a round takes the virtual seconds of its steps.",
 }
 
 
@@ -502,9 +507,11 @@ def write(root: Path, judged: Mapping[str, Judged], facts: Mapping[str, str]) ->
     except InputError as error:  # matplotlib is missing; the numbers are all there
       print(f"{name} is not drawn: {error}", file=sys.stderr)
   text = "\n\n".join(parts) + "\n"
-  rows = {name: [row._asdict() for row in rows] for name, (rows, _, _) in judged.items()}
-  tabled = {name: table._asdict() for name, (_, _, table) in judged.items()}
-  content = {"facts": dict(facts), "rows": rows, "tables": tabled}
+  content = {
+    "facts": dict(facts),
+    "rows": {name: [row._asdict() for row in rows] for name, (rows, _, _) in judged.items()},
+    "tables": {name: table._asdict() for name, (_, _, table) in judged.items()},
+  }
   _replace(root / "asynchrony.json", (json.dumps(content, indent=2) + "\n").encode())
   _replace(root / "asynchrony.md", text.encode())
   return text
