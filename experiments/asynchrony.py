@@ -1,12 +1,12 @@
 """What asynchrony shows: `python -m experiments.asynchrony --scale=digits --seeds=1,2,3 --output=DIR`.
 
-Three parts [O], in virtual time:
+Three parts [O], over virtual time:
   target  heavy-tailed speeds: FedBuff on the asynchronous clock against synchronous FedAvg, plain and with
           over-selection and a deadline; virtual seconds and bytes to a target, idle time, staleness.
   return  claim A9 (method 5): clients that stayed away return at some virtual time, with one download and no round,
           beside their twins in a run of the same seed and data in which nobody was away; how long a return takes.
   life    the life of a class: its holders are all there, one is left, none is, all are back; the global model's recall.
-          Synchronous rounds of equal speeds, a visit of seconds each, without the clock, which refuses the mask `present`.
+          All are equally fast, so that rounds tell the time; the clock refuses the mask `present`, which this needs.
 
 Runs lie in folders of DIR (`experiments/runs.py`), beside them asynchrony.json, asynchrony.md and a picture of each
 part. Any setting of a run can be given as a flag and holds for all runs, but for what tells those of a part apart. What
