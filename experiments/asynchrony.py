@@ -287,7 +287,7 @@ def _times(done: Mapping[int, Done]) -> dict[int, dict[int, float]]:
 
 # --- life -------------------------------------------------------------------------------------------------------------
 
-PHASES = {"present": 0.0, "monopolised": 0.25, "left": 0.4, "returned": 0.75}  # by the share of the rounds before
+PHASES = {"present": 0.0, "monopolised": 0.4, "left": 0.5, "returned": 0.75}  # by the share of the rounds before
 _KEEPING = "ap_fl+mask+memory"
 
 
@@ -306,7 +306,9 @@ class Life(NamedTuple):
 
 
 def chosen(histogram: np.ndarray) -> Life:
-  """The class of the fewest holders, the first of several, among those with two or more whose absence takes no other.
+  """The class of the most holders, the first of several, among those whose holders' absence takes no other class.
+
+  What few hold is hardly learnt when it is there, so that nothing could be remembered.
 
   Args:
     histogram: int [N, C], clients' training examples.
@@ -319,7 +321,7 @@ def chosen(histogram: np.ndarray) -> Life:
   able = [c for c in range(held.shape[1]) if held[:, c].sum() >= 2 and others(c).all()]
   if not able:
     raise InputError("partition: no class can leave alone, accepted is one in which others hold what its holders hold")
-  label = min(able, key=lambda c: held[:, c].sum())
+  label = max(able, key=lambda c: held[:, c].sum())
   holders = np.flatnonzero(held[:, label])
   return Life(label, tuple(holders.tolist()), int(holders[np.argmax(histogram[holders, label])]))
 
