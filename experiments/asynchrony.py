@@ -153,10 +153,10 @@ def _target(found: Runs) -> Judged:
     )
   header = "run;best (%);virtual s to target;MB to target;rounds to target;reached;virtual s in all;idle (%)"
 
-  def curves(by: str) -> list[plots.Curve]:
+  def curves(by: str, scale: float = 1.0) -> list[plots.Curve]:
     known = {key: _scored(done, "pooled_accuracy") for key, done in found.items()}
     return [
-      plots.Curve(label, [told[by] for told in some], [100 * told["pooled_accuracy"] for told in some])
+      plots.Curve(label, [scale * told[by] for told in some], [100 * told["pooled_accuracy"] for told in some])
       for (label, _), some in known.items()
     ]
 
@@ -171,7 +171,7 @@ def _target(found: Runs) -> Judged:
     plots.Panel(
       "global model on pooled images", "virtual seconds", "accuracy (%)", curves("virtual_seconds"), True, level
     ),
-    plots.Panel("the same by bytes", "bytes moved", "accuracy (%)", curves("bytes"), False, level),
+    plots.Panel("the same by bytes", "MB moved", "accuracy (%)", curves("bytes", 1e-6), False, level),
     plots.Panel("staleness", "server versions since the download", "uploads (%)", stale),
   ]
   return rows, panels, tables.Grid([*header.split(";"), "mean staleness", "wall s"], cells)

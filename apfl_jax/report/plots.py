@@ -233,6 +233,9 @@ def curves(panels: Sequence[Panel]) -> bytes:
         axes.axhline(panel.level, color=ALL, ls=":", lw=1)
       axes.set_title(panel.title, pad=18 if panel.spans else None)
       axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log" if panel.log else "linear")
+      if panel.log:
+        axes.xaxis.set_major_formatter("{x:g}")  # powers of ten are set as mathematics
+        axes.xaxis.set_minor_formatter("")
       axes.grid(axis="y")
       if panel.curves:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)
