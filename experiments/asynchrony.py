@@ -453,6 +453,7 @@ PARTS = {
       "fedavg+mask": of("fedavg", **_MASK),
       "ap_fl+mask": of("ap_fl", **_MASK),
       _KEEPING: of("ap_fl", ap_fl_memory="average", **_MASK),
+      "ap_fl+mask+memory+free": of("ap_fl", ap_fl_memory="average", head="free", **_MASK),
     },
     _life,
   ),
