@@ -9,7 +9,7 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,9 +198,9 @@ def parse_claims(text: str) -> list[str]:
   return ids
 
 
-def given_flags() -> dict[str, Any]:
-  """Settings of runs and of methods that the command line gives."""
-  names = [field.name for field in config.fields() if field.name not in _GIVEN]
+def given_flags(but: Collection[str] = _GIVEN) -> dict[str, Any]:
+  """Settings of runs and of methods that the command line gives, `but` for fields that are no flags."""
+  names = [field.name for field in config.fields() if field.name not in but]
   names += [f"{owner}_{name}" for owner in algorithms.METHODS for name in algorithms.settings(owner)]
   return {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
 

@@ -451,7 +451,7 @@ def a9(evidence: Evidence) -> list[Row]:
       "A9",
       "usable within a FedAvg round",
       "simulated seconds of a return",
-      "needs the virtual clock",
+      "needs a clock: experiments.asynchrony has it",
       "",
       NOT_MEASURED,
       {},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -167,6 +167,78 @@ def fronts(methods: Sequence[Front], xlabel: str, ylabel: str) -> bytes:
     axes.set(xlabel=f"{xlabel} (%)", ylabel=f"{ylabel} (%)")
     axes.grid()
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9)
+    return _png(figure)
+
+
+class Curve(NamedTuple):
+  """A line in a panel of `curves`.
+
+  Attributes:
+    name: what gives it its colour and marker; curves of one name are a run each.
+    x: ascending.
+    y: of the same length.
+  """
+
+  name: str
+  x: Sequence[float]
+  y: Sequence[float]
+
+
+class Panel(NamedTuple):
+  """What `curves` shows side by side.
+
+  Attributes:
+    title: above it.
+    xlabel: with its unit.
+    ylabel: with its unit.
+    curves: its lines.
+    log: whether x is logarithmic.
+    level: y of a dotted line; None for none.
+    spans: (from, to) in x of periods, by their names.
+  """
+
+  title: str
+  xlabel: str
+  ylabel: str
+  curves: Sequence[Curve]
+  log: bool = False
+  level: float | None = None
+  spans: Mapping[str, tuple[float, float]] = {}
+
+
+def curves(panels: Sequence[Panel]) -> bytes:
+  """A PNG of panels side by side: each run a thin line, and a thick one through the mean where runs share their x.
+
+  Raises:
+    InputError: matplotlib is not installed.
+  """
+  with _styled() as new:
+    figure = new()
+    figure.set_size_inches(4.6 * len(panels), 4.2)
+    names = list(dict.fromkeys(curve.name for panel in panels for curve in panel.curves))
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+      for name in dict.fromkeys(curve.name for curve in panel.curves):
+        i, some = names.index(name), [curve for curve in panel.curves if curve.name == name]
+        look: dict[str, Any] = {"color": _COLORS[i % len(_COLORS)], "ls": ("-", "--", ":")[i // len(_COLORS) % 3]}
+        shared = len(some) > 1 and all(list(curve.x) == list(some[0].x) for curve in some)
+        for number, curve in enumerate(some):
+          label = name if number == 0 and not shared else None
+          axes.plot(curve.x, curve.y, lw=0.8 if shared else 1.4, alpha=0.35 if shared else 0.85, label=label, **look)
+        if shared:
+          axes.plot(some[0].x, np.mean([curve.y for curve in some], axis=0), lw=2.2, label=name, **look)
+      for number, (name, (start, end)) in enumerate(panel.spans.items()):
+        axes.axvspan(start, end, color=_ABSENT, alpha=(0.0, 0.8)[number % 2], lw=0)
+        axes.text((start + end) / 2, 1.01, name, transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
+      if panel.level is not None:
+        axes.axhline(panel.level, color=ALL, ls=":", lw=1)
+      axes.set_title(panel.title, pad=18 if panel.spans else None)
+      axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log" if panel.log else "linear")
+      if panel.log:
+        axes.xaxis.set_major_formatter("{x:g}")  # powers of ten are set as mathematics
+        axes.xaxis.set_minor_formatter("")
+      axes.grid(axis="y")
+      if panel.curves:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)
     return _png(figure)
 
 

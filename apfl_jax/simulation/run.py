@@ -161,8 +161,8 @@ def run(
     if personal:
       make = partial(simulator.score_personal, classes=classes_present(state, at))
       own = score(make, name="personalising")
-    pooled = np.full((), np.nan) if shared is None else metrics.accuracy(pooled_confusion(state, everything))
-    line = _line(record, at, dropped[rows], shared, own, float(pooled))
+    confusion = None if shared is None else pooled_confusion(state, everything)
+    line = _line(record, at, dropped[rows], shared, own, confusion)
     moved = sum(record.present) * sum(traffic) if clock is None else clock.schedule.traffic(*traffic)[at - 1]
     seconds = None if clock is None else float(clock.schedule.seconds[at - 1])
     record.metrics.append(line | {"virtual_seconds": seconds, "bytes": float(moved)})
@@ -230,7 +230,12 @@ def run(
 
 
 def _line(
-  record: Record, at: int, dropped: np.ndarray, shared: Scores | None, own: Scores | None, pooled: float
+  record: Record,
+  at: int,
+  dropped: np.ndarray,
+  shared: Scores | None,
+  own: Scores | None,
+  confusion: np.ndarray | None,
 ) -> dict[str, Any]:
   """A line of metrics.jsonl."""
 
@@ -238,13 +243,16 @@ def _line(
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else None
 
+  known = lambda values: [None if np.isnan(value) else float(value) for value in values]
   line: dict[str, Any] = {"round": at, "present": record.present[-1], "arrived": record.arrived[-1]}
   for name, scores in (("global", shared), ("personal", own)):
     each = np.full(len(dropped), np.nan) if scores is None else metrics.accuracy(scores.own)
     line[f"{name}_accuracy"] = mean(each)
     line[f"{name}_accuracy_dropped"] = mean(each[dropped])
     line[f"{name}_accuracy_present"] = mean(each[~dropped])
-  line["pooled_accuracy"] = mean(np.array([pooled]))
+  line["personal_accuracy_each"] = None if own is None else known(metrics.accuracy(own.own))
+  line["pooled_accuracy"] = None if confusion is None else mean(metrics.accuracy(confusion)[None])
+  line["global_recall"] = None if confusion is None else known(metrics.recall(confusion))
   line["personal_pooled_accuracy"] = None if own is None else mean(metrics.accuracy(own.pooled))
   return line
 

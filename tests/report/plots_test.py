@@ -65,6 +65,17 @@ def test_a_front_is_a_line_through_its_best_points():
   assert plots.fronts([some, lone], "x", "y").startswith(b"\x89PNG")
 
 
+def test_curves_take_shared_and_own_axes_and_nothing():
+  shared = [plots.Curve("a", [1, 2, 3], [1.0, 2.0, np.nan]), plots.Curve("a", [1, 2, 3], [3.0, 2.0, 1.0])]
+  own = [plots.Curve("a", [1, 20], [1.0, 2.0]), plots.Curve("b", [5, 6, 700], [3.0, 2.0, 1.0])]
+  panels = [
+    plots.Panel("both", "x", "y", shared, spans={"first": (1, 2), "then": (2, 3)}),
+    plots.Panel("", "x", "y", own, log=True, level=1.5),
+    plots.Panel("none", "x", "y", []),
+  ]
+  assert plots.curves(panels).startswith(b"\x89PNG")
+
+
 def test_a_bar_a_client_dropped_first_best_first(ap_fl):
   axes = draw("clients", ap_fl).axes[0]
   bars = [bar for bar in axes.patches if np.isfinite(bar.get_height())]
