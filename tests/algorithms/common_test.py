@@ -210,4 +210,4 @@ def test_its_work_can_be_priced(name):
   prices = simulation.prices(build, inputs, server)
   assert prices.local_update.shape == (tasks.NUM_CLIENTS,) and (prices.local_update > 0).all()
   assert prices.personalize.shape == (tasks.NUM_CLIENTS,) and prices.aggregate >= 0
-  assert 0 <= prices.server(3) <= 3 * prices.aggregate and prices.score_personal > 0
+  assert 0 <= prices.server([1] * 3) <= 3 * prices.aggregate and prices.score_personal > 0

@@ -170,6 +170,8 @@ def fading(
   Returns:
     (the new mean, what it is over)
   """
+  if aggregations == 1:
+    return jax.tree.map(lambda t: t / added, total), added
   kept = (1 - 1 / aggregations) * weight
   return jax.tree.map(lambda m, t: (kept * m + t) / (kept + added), old, total), kept + added
 
