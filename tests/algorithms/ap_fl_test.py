@@ -117,6 +117,7 @@ def test_each_client_is_counted_once_from_its_first_upload_that_arrives():
   assert 0 < len(arrived) < 4 * tasks.COHORT_SIZE
 
 
+@pytest.mark.slow
 def test_the_generator_learns_what_the_teacher_takes_for_each_class():
   inputs = tasks.inputs("ap_fl")
 

@@ -8,7 +8,7 @@ import pytest
 from apfl_jax.algorithms import METHODS
 from tests import tasks
 
-_ALWAYS = ("ap_fl", "fedavg", "local", "scaffold")
+_ALWAYS = ("fedavg", "local", "scaffold")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in _ALWAYS)) for n in METHODS])
