@@ -19,8 +19,9 @@ def main(arguments: Sequence[str]) -> None:
   if "help" in (flags.FLAGS.algorithm, flags.FLAGS.wrappers):
     print(config.table_of_methods())
     return
-  config.note_unused([flags.FLAGS.algorithm])
-  summary = job.run(config.from_flags())
+  settings = config.from_flags()  # what is wrong is one line and no note
+  config.note_unused([settings.algorithm])
+  summary = job.run(settings)
   if jax.process_index():
     return
   print("\n" + report.table(summary))
