@@ -554,19 +554,11 @@ def main(arguments: Sequence[str]) -> int:
   for name, summary in outcome.summaries.items():
     part, label, seed = told[name]
     found[part][label, seed] = Done(configs[name], run.read(Path(summary["workdir"])))
-  of_runs = list(outcome.summaries.values())
-  joined = lambda key: "; ".join(dict.fromkeys(str(summary[key]) for summary in of_runs if summary[key]))
   words = [f"--{name}={'DIR' if name == 'data_dir' else value}" for name, value in given.items()]
   own = [f"--scale={asked.scale}", f"--seeds={asked.seeds}", f"--parts={asked.parts}", "--output=DIR"]
-  facts = {
-    "command": " ".join(["python -m experiments.asynchrony", *map(shlex.quote, [*own, *words])]),
-    "commit": joined("commit"),
-    "device": joined("device"),
-    "time": f"{sum(summary['seconds'] for summary in of_runs) / 60:.1f} min in {len(of_runs)} of {len(configs)} runs",
-    "missing": "; ".join([*outcome.failed, *outcome.elsewhere]),
-  }
+  command = " ".join(["python -m experiments.asynchrony", *map(shlex.quote, [*own, *words])])
   judged = {part: PARTS[part].judge(some) for part, some in found.items() if some}
-  print(write(root, judged, {name: text for name, text in facts.items() if text}))
+  print(write(root, judged, runs.facts(outcome, command)))
   return 1 if outcome.failed else 0
 
 

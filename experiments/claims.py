@@ -228,18 +228,10 @@ def main(arguments: Sequence[str]) -> int:
   for name, summary in outcome.summaries.items():
     variant, seed = names[name]
     evidence.setdefault(variant, {})[seed] = load(summary)
-  of_runs = list(outcome.summaries.values())
-  joined = lambda key: "; ".join(dict.fromkeys(str(summary[key]) for summary in of_runs if summary[key]))
   words = [f"--{name}={'DIR' if name in ('data_dir', 'trace') else value}" for name, value in given.items()]
   own = [f"--scale={scale}", f"--seeds={asked.seeds}", f"--claims={asked.claims}", "--output=DIR"]
-  facts = {
-    "command": " ".join(["python -m experiments.claims", *map(shlex.quote, [*own, *words])]),
-    "commit": joined("commit"),
-    "device": joined("device"),
-    "time": f"{sum(summary['seconds'] for summary in of_runs) / 60:.1f} min in {len(of_runs)} of {len(configs)} runs",
-    "missing": "; ".join([*outcome.failed, *outcome.elsewhere]),
-  }
-  print(write(root, judged(ids, evidence), evidence, {name: text for name, text in facts.items() if text}))
+  command = " ".join(["python -m experiments.claims", *map(shlex.quote, [*own, *words])])
+  print(write(root, judged(ids, evidence), evidence, runs.facts(outcome, command)))
   return 1 if outcome.failed else 0
 
 

@@ -102,6 +102,21 @@ def listed(root: str | Path, configs: Mapping[str, Config]) -> str:
   return "\n".join(lines)
 
 
+def facts(outcome: Outcome, command: str) -> dict[str, str]:
+  """What a table of finished runs has to say of them: command, commit, device, time, and which are missing, if any."""
+  of_runs = list(outcome.summaries.values())
+  joined = lambda key: "; ".join(dict.fromkeys(str(summary[key]) for summary in of_runs if summary[key]))
+  total = len(of_runs) + len(outcome.failed) + len(outcome.elsewhere)
+  told = {
+    "command": command,
+    "commit": joined("commit"),
+    "device": joined("device"),
+    "time": f"{sum(summary['seconds'] for summary in of_runs) / 60:.1f} min in {len(of_runs)} of {total} runs",
+    "missing": "; ".join([*outcome.failed, *outcome.elsewhere]),
+  }
+  return {name: text for name, text in told.items() if text}
+
+
 def _computed(config: Config) -> dict[str, Any]:
   try:
     return job.run(config)

@@ -121,3 +121,15 @@ def test_two_at_once_compute_every_run_once(computed, tmp_path):
 def test_names_are_names_of_folders(name, tmp_path):
   with pytest.raises(InputError, match="name of a run"):
     runs.run(tmp_path, {name: Config()})
+
+
+def test_facts_tell_commits_once_and_what_is_missing():
+  summary = {"commit": "abc", "device": "1 x cpu", "seconds": 90.0}
+  outcome = runs.Outcome({"a": summary, "b": {**summary, "commit": None}}, {"c": "it broke"}, ("d",))
+  assert runs.facts(outcome, "run it") == {
+    "command": "run it",
+    "commit": "abc",
+    "device": "1 x cpu",
+    "time": "3.0 min in 2 of 4 runs",
+    "missing": "c; d",
+  }
