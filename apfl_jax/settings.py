@@ -4,7 +4,7 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Collection
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from apfl_jax.errors import InputError
 
@@ -25,19 +25,32 @@ class Limits(NamedTuple):
   choices: Collection[str] = ()
 
 
+_Kind = TypeVar("_Kind")
+_PERSONAL = "read by personal models alone"
+
 ANYTHING = Limits()
 Share = Annotated[float, Limits(least=0, most=1)]
 Weight = Annotated[float, Limits(least=0)]
 Positive = Annotated[float, Limits(above=0)]
 Count = Annotated[int, Limits(least=0)]
+# `Personal[Share]`: what rounds do not depend on, so that another value needs no new ones.
+Personal = Annotated[_Kind, _PERSONAL]
 
 
 class Setting(NamedTuple):
-  """A setting of a method: default, limits, and the text of its docstring."""
+  """A setting of a method.
+
+  Attributes:
+    default: its kind, too.
+    limits: what it takes.
+    text: of its docstring.
+    personal: whether personal models alone read it: neither rounds nor the server do.
+  """
 
   default: Any
   limits: Limits
   text: str
+  personal: bool = False
 
 
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
@@ -78,7 +91,7 @@ def of(function: Callable[..., Any]) -> dict[str, Setting]:
       limits = next((x for x in extras if isinstance(x, Limits)), ANYTHING)
       if type(parameter.default) not in _KINDS:
         raise InputError(f"{function.__name__}: {name} has no default, accepted are a float, int, bool or str")
-      found[name] = Setting(parameter.default, limits, texts.get(name, name))
+      found[name] = Setting(parameter.default, limits, texts.get(name, name), _PERSONAL in extras)
     elif name not in ("algorithm", "task"):
       raise InputError(f"{function.__name__}: {name} can be given by position, accepted are settings after a *")
   return found

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import sys
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,8 @@ _OF_A_SCHEDULE = (
 )
 # May differ when a run is continued.
 _NOT_OF_A_RUN = ("workdir", "progress", "data_on", "client_state", "memory_limit")
+# Read once the rounds are over.
+_AFTER_ROUNDS = ("personal_steps", "judge", "checkpoint_every")
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
@@ -142,6 +144,9 @@ class Config:
   compute_dtype: str = _setting("float32", "what layers compute in", choices=("float32", "bfloat16"))
   seed: int = _setting(0, "of everything random", least=0, most=2**32 - 1)
   workdir: str = _setting("", "run directory; empty for runs/ALGORITHM-DATASET-SEED")
+  trained: str = _setting(
+    "", "directory of a finished run that differs in what only personal models read; its rounds are taken"
+  )
   client_map: str = _setting("auto", "how clients run: auto, sequential, vmap, vmap:CHUNK")
   data_on: str = _setting("auto", "where examples live; auto: the device, of several hosts disk", choices=_PLACES)
   client_state: str = _setting(
@@ -188,6 +193,8 @@ class Config:
       raise InputError(f"trace: got {self.trace} with --dropout={self.dropout}, accepted is --dropout with trace in it")
     if self.speed == "uniform" and self.speed_spread >= 1:
       raise InputError(f"speed_spread: got {self.speed_spread:g} with --speed=uniform, accepted is less than 1")
+    if self.trained:
+      object.__setattr__(self, "trained", os.path.abspath(os.path.expanduser(self.trained)))
     if self.schedule:
       object.__setattr__(self, "schedule", os.path.abspath(os.path.expanduser(self.schedule)))
     if self.cohort_size > self.num_clients:
@@ -256,15 +263,34 @@ class Config:
     return names, tuple(rates)
 
   def lines(self) -> list[str]:
-    """All flags of the run, a --name=value a line, as flags.txt holds them."""
-    values = {field.name: getattr(self, field.name) for field in fields()}
+    """All flags of the run, a --name=value a line, as flags.txt holds them; whose rounds it takes makes it no other."""
+    values = {field.name: getattr(self, field.name) for field in fields() if field.name != "trained"}
     for owner, settings in {self.algorithm: self.settings, **self.wrapper_settings}.items():
       values |= {f"{owner}_{name}": value for name, value in settings.items()}
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()]
 
   def identity(self) -> set[str]:
     """The lines that make it this run and no other."""
-    return {line for line in self.lines() if not line.startswith(tuple(f"--{name}=" for name in _NOT_OF_A_RUN))}
+    return _without(self.lines(), _NOT_OF_A_RUN)
+
+  def rounds_identity(self) -> set[str]:
+    """The lines that rounds depend on: runs that have them all in common train the same server.
+
+    Empty where that cannot be told, for personal models are scored between rounds.
+    """
+    if self.personalize_every:
+      return set()
+    entry, own = algorithms.METHODS[self.algorithm], algorithms.settings(self.algorithm)
+    personal = [f"{self.algorithm}_{name}" for name, setting in own.items() if setting.personal]
+    # Who never takes part brings nothing into a round.
+    cold = set(self.processes[0]) == {"cold"}
+    after = [*_AFTER_ROUNDS, *(["dropped_examples"] if cold else []), *personal, "algorithm"]
+    return _without(self.lines(), [*_NOT_OF_A_RUN, *after]) | {f"--algorithm={entry.rounds_of or self.algorithm}"}
+
+
+def _without(lines: Iterable[str], names: Iterable[str]) -> set[str]:
+  """Flags but for some."""
+  return {line for line in lines if not line.startswith(tuple(f"--{name}=" for name in names))}
 
 
 def _whole(owner: str, given: dict[str, Any]) -> dict[str, Any]:

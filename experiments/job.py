@@ -266,6 +266,7 @@ def run(config: Config) -> dict[str, Any]:
     if not (workdir / "report.html").is_file():  # killed just before
       _draw(workdir)
     return _announced(summary, workdir)
+  trained = _trained(config)
   with simulation.Stopwatch() as watch:
     job = prepare(config)
     # Of several processes all compute, and what is asked of the devices is asked by all; the first one writes.
@@ -280,6 +281,7 @@ def run(config: Config) -> dict[str, Any]:
       eval_clients=config.eval_clients,
       checkpoint_every=config.checkpoint_every,
       directory=workdir,
+      trained=trained,
       **places(config),
       memory_limit=int(config.memory_limit * 2**30),
       clock=job.clock,
@@ -310,6 +312,28 @@ def finished(config: Config) -> dict[str, Any] | None:
   workdir = _workdir(config)
   summary = _claim(workdir, config, write=False)
   return summary and _announced(summary, workdir)
+
+
+def _trained(config: Config) -> Path | None:
+  """The run whose rounds are taken, if any. Raises InputError if it has others."""
+  if not config.trained:
+    return None
+  there = Path(config.trained)
+  if not (there / "summary.json").is_file() or not (there / "flags.txt").is_file():
+    raise InputError(f"trained: {there} holds no finished run, accepted is the directory of one")
+  needed = config.rounds_identity()
+  if not needed:
+    raise InputError(
+      f"trained: got {there} with --personalize_every={config.personalize_every}; accepted is --personalize_every=0"
+    )
+  here = set()
+  for line in (there / "flags.txt").read_text().splitlines():
+    name = line.removeprefix("--algorithm=")
+    entry = algorithms.METHODS.get(name) if name != line else None
+    here.add(f"--algorithm={entry.rounds_of or name}" if entry else line)
+  if differing := sorted(needed - here):
+    raise InputError(f"trained: {there} has other rounds ({differing[0]} differs), accepted is a run with the same")
+  return there
 
 
 def _agree(config: Config) -> None:

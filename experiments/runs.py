@@ -1,7 +1,8 @@
 """Many runs in the folders of one root: those that are finished are not computed again, one that fails stops no other.
 
-The same command goes on where it was stopped. Several processes may work on one root at once, on the cores of a machine
-or on machines that share the folder: each takes the next run that is neither finished nor taken.
+The same command goes on where it was stopped. Runs that differ in nothing but what personal models read share their
+rounds, which changes no number. Several processes may work on one root at once, on the cores of a machine or on
+machines that share the folder: each takes the next run that is neither finished nor taken.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,11 @@ def run(root: str | Path, configs: Mapping[str, Config]) -> Outcome:
   summaries: dict[str, dict[str, Any]] = {}
   failed: dict[str, str] = {}
   seconds: list[float] = []
-  todo = list(placed)
+  identities = {name: frozenset(config.rounds_identity()) for name, config in placed.items()}
+  firsts = {identity: name for name, identity in reversed(identities.items())}
+  # Those that others share come first, or two processes would both compute the rounds.
+  seeds = list(dict.fromkeys(config.seed for config in placed.values()))
+  todo = sorted(placed, key=lambda name: (seeds.index(placed[name].seed), firsts[identities[name]] != name))
   while todo:
     taken = []
     for name in todo:
@@ -78,7 +83,8 @@ def run(root: str | Path, configs: Mapping[str, Config]) -> Outcome:
             if config.progress:
               settled = len(summaries) + len(failed)
               print(f"[{settled + 1} of {len(placed)}] {name}{_left(seconds, placed, settled)}", file=sys.stderr)
-            summary = _computed(config)
+            same = [placed[other] for other, identity in identities.items() if identity == identities[name] != set()]
+            summary = _computed(_sharing(config, same))
             seconds.append(time.perf_counter() - start)
           summaries[name] = summary
           _trace(root, name).unlink(missing_ok=True)
@@ -124,6 +130,15 @@ def _computed(config: Config) -> dict[str, Any]:
     # Its programs serve no other run, for they belong to its own functions; on disk they are kept.
     jax.clear_caches()
     gc.collect()
+
+
+def _sharing(config: Config, others: Iterable[Config]) -> Config:
+  """With the rounds of a finished one of the others, if there is one."""
+  for other in others:
+    there = Path(other.workdir)
+    if (there / "summary.json").is_file() and (there / "checkpoints" / str(other.rounds)).is_dir():
+      return dataclasses.replace(config, trained=str(there))
+  return config
 
 
 def _placed(root: str | Path, configs: Mapping[str, Config]) -> dict[str, Config]:

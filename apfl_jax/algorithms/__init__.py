@@ -57,6 +57,7 @@ class Method(NamedTuple):
       where these settings of the method let it make none.
     trust: (server) -> float [C] in [0, 1], how far it believes samples of each class, if it says so.
     pools: whether its clients train on all clients' examples, see `data.pooled`.
+    rounds_of: the method whose rounds and server it has as they are, where only its personal models are its own.
   """
 
   make: Callable[..., Algorithm]
@@ -67,6 +68,7 @@ class Method(NamedTuple):
   samples: Callable[..., Any] | None = None
   trust: Callable[..., Any] | None = None
   pools: bool = False
+  rounds_of: str = ""
 
 
 class Wrapper(NamedTuple):
@@ -111,7 +113,7 @@ METHODS: dict[str, Method] = {
   ),
   "fedasync": Method(fedasync, "Xie et al. 2019, arXiv 1903.03934", "asynchronous"),
   "fedavg": Method(fedavg, "McMahan et al. 2017, arXiv 1602.05629", "global"),
-  "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252", "personalised"),
+  "fedavg_ft": Method(fedavg_ft, "Wang et al. 2019, arXiv 1910.10252", "personalised", rounds_of="fedavg"),
   "fedavgm": Method(fedavgm, "Hsu et al. 2019, arXiv 1909.06335", "global"),
   "fedbabu": Method(fedbabu, "Oh et al. 2022, arXiv 2106.06042", "personalised"),
   "fedbuff": Method(fedbuff, "Nguyen et al. 2022, arXiv 2106.06639", "asynchronous"),
@@ -128,7 +130,7 @@ METHODS: dict[str, Method] = {
   "fedyogi": Method(fedyogi, "Reddi et al. 2021, arXiv 2003.00295", "global"),
   "fl_fdms": Method(fl_fdms, "Wang and Xu 2022, arXiv 2205.13222", "global"),
   "gpfl": Method(gpfl, "Zhang et al. 2023, arXiv 2308.10279", "personalised", keeps="its head"),
-  "knn_per": Method(knn_per, "Marfoq et al. 2022, arXiv 2111.09360", "personalised"),
+  "knn_per": Method(knn_per, "Marfoq et al. 2022, arXiv 2111.09360", "personalised", rounds_of="fedavg"),
   "lg_fedavg": Method(lg_fedavg, "Liang et al. 2020, arXiv 2001.01523", "personalised", keeps="its base"),
   "local": Method(local, "the lower bound", "bounds", keeps="its model"),
   "mifa": Method(mifa, "Gu et al. 2021, arXiv 2106.04159", "global", keeps="its last two updates"),

@@ -7,10 +7,11 @@ alone forgets least of what the global model knows (method 8.3 [P]).
 
 from apfl_jax import training
 from apfl_jax.algorithms.fedavg import fedavg
+from apfl_jax.settings import Personal
 from apfl_jax.types import Algorithm, Task
 
 
-def fedavg_ft(task: Task, *, head_only: bool = False) -> Algorithm:
+def fedavg_ft(task: Task, *, head_only: Personal[bool] = False) -> Algorithm:
   """FedAvg; `personalize` spends all of `personal_steps` on the client's training data.
 
   Args:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from apfl_jax import random, training
 from apfl_jax.algorithms.fedavg import fedavg
-from apfl_jax.settings import Limits, Positive, Share
+from apfl_jax.settings import Limits, Personal, Positive, Share
 from apfl_jax.types import Algorithm, Array, Params, Prediction, Task
 
 CHOICES = ("validation", "fixed")
@@ -66,13 +66,13 @@ class Memorizing(NamedTuple):
 def knn_per(
   task: Task,
   *,
-  neighbours: Annotated[int, Limits(least=1)] = 10,
-  scale: Positive = 1.0,
-  tune_scale: bool = True,
-  capacity: Annotated[int, Limits(least=1)] = 1024,
-  choice: Annotated[str, Limits(choices=CHOICES)] = "validation",
-  share: Share = 0.5,
-  grid_points: Annotated[int, Limits(least=2)] = 11,
+  neighbours: Personal[Annotated[int, Limits(least=1)]] = 10,
+  scale: Personal[Positive] = 1.0,
+  tune_scale: Personal[bool] = True,
+  capacity: Personal[Annotated[int, Limits(least=1)]] = 1024,
+  choice: Personal[Annotated[str, Limits(choices=CHOICES)]] = "validation",
+  share: Personal[Share] = 0.5,
+  grid_points: Personal[Annotated[int, Limits(least=2)]] = 11,
 ) -> Algorithm:
   """FedAvg, interpolated with the nearest neighbours among the client's own examples.
 

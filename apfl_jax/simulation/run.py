@@ -14,12 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from apfl_jax import data, metrics
+from apfl_jax.errors import InputError
 from apfl_jax.simulation import memory
 from apfl_jax.simulation.batches import Plan
 from apfl_jax.simulation.checkpoints import Checkpoints
 from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.rounds import Inputs, Scores, Simulator
-from apfl_jax.simulation.staging import Staging
+from apfl_jax.simulation.staging import Snapshot, Staging
 from apfl_jax.types import PyTree, State
 
 
@@ -83,6 +84,7 @@ def run(
   eval_clients: int = 0,
   checkpoint_every: int = 0,
   directory: Path | None = None,
+  trained: Path | None = None,
   data_on: str = "device",
   client_state: str = "device",
   memory_limit: int = 0,
@@ -104,6 +106,8 @@ def run(
     eval_clients: how many clients are scored, spread evenly over the rows; 0 for all.
     checkpoint_every: rounds between checkpoints; 0 for none.
     directory: where checkpoints and files of client rows live; None for none.
+    trained: directory of a finished run of these very rounds, whose last checkpoint is taken in their place where
+      there is none in `directory`; None for none.
     data_on: where examples live, see `Staging`.
     client_state: where the methods' client rows live.
     memory_limit: bytes that the host and each device may take; 0 for what there is.
@@ -114,7 +118,8 @@ def run(
     progress: whether to show a bar.
 
   Raises:
-    InputError: the memory plan says that there is no room, or checkpoints are there that cannot be read.
+    InputError: the memory plan says that there is no room, or checkpoints are there that cannot be read, or
+      `trained` has none of the last round.
   """
   staging = Staging(simulator, inputs, data_on=data_on, client_state=client_state, directory=directory)
   chatty = progress and jax.process_index() == 0
@@ -132,6 +137,8 @@ def run(
   record = Record([], [], [], [], [])
   checkpoints = Checkpoints(directory / "checkpoints") if directory is not None and keeping else None
   found = checkpoints.restore(staging.shapes()[0]) if checkpoints else None
+  if trained and not found:
+    found = _trained(trained, staging, rounds)
   if found:
     restored_state, snapshot, kept = found
     state, inputs = staging.begin(snapshot)
@@ -139,7 +146,8 @@ def run(
     record = Record(**kept)
     on_record(record)
     if chatty:
-      tqdm.write(f"going on from the checkpoint of round {int(state.round)}", file=sys.stderr)
+      of = f" of {trained}" if trained else ""
+      tqdm.write(f"going on from the checkpoint of round {int(state.round)}{of}", file=sys.stderr)
   else:
     state, inputs = staging.begin()
   restored = len(record.timings)
@@ -227,6 +235,18 @@ def run(
   state = state._replace(times=jnp.asarray(staging.times))
   starts = staging.times if clock is None else clock.schedule.starts[np.asarray(federation.id)]
   return Result(state, record, rows, presence_ids, restored, starts, dropped, shared, own, plan, confusion)
+
+
+def _trained(directory: Path, staging: Staging, rounds: int) -> tuple[State, Snapshot, dict[str, Any]]:
+  """The last checkpoint of another run."""
+  if not (directory / "checkpoints").is_dir():
+    raise InputError(f"trained: {directory} has no checkpoints, accepted is a run with --checkpoint_every above 0")
+  checkpoints = Checkpoints(directory / "checkpoints")
+  found = checkpoints.restore(staging.shapes()[0])
+  checkpoints.close()
+  if found is None or int(found[0].round) != rounds:
+    raise InputError(f"trained: {directory} has no checkpoint of round {rounds}, accepted is a finished run")
+  return found
 
 
 def _line(

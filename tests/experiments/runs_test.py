@@ -1,5 +1,6 @@
 """The runner of many runs, with runs that only pretend: order, failures, going on, and who may compute what."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -75,6 +76,44 @@ def test_a_folder_with_another_run_is_a_failure(computed, tmp_path):
   outcome = runs.run(tmp_path, {"a": Config(seed=2), "b": Config(seed=3)})
   assert "another run (--seed=2 differs)" in outcome.failed["a"]
   assert list(outcome.summaries) == ["b"]
+
+
+def test_runs_share_rounds_where_only_personal_models_differ(monkeypatch, tmp_path):
+  whose = {}
+
+  def pretend(config):
+    workdir = Path(config.workdir)
+    (workdir / "checkpoints" / ("" if config.trained else str(config.rounds))).mkdir(parents=True)
+    (workdir / "summary.json").write_text("{}")
+    whose[workdir.name] = Path(config.trained).name
+    return {}
+
+  monkeypatch.setattr(job, "run", pretend)
+  monkeypatch.setattr(runs.jax, "clear_caches", lambda: None)
+  monkeypatch.setattr(runs.gc, "collect", lambda: None)
+  config = lambda **settings: Config(algorithm="ap_fl", settings=settings)
+  runs.run(
+    tmp_path,
+    {
+      "all": config(),
+      "rho": config(rho=0.0),
+      "peer": config(friend="peer"),  # of which the server keeps the models
+      "rho, peer": config(rho=0.0, friend="peer"),
+      "few": dataclasses.replace(config(), dropped_examples=20, personal_steps=150, judge=2),
+      "few, late": dataclasses.replace(config(), dropped_examples=20, dropout="late"),
+      "late": dataclasses.replace(config(), dropout="late"),
+      "curve": dataclasses.replace(config(), personalize_every=5),
+      "curve, rho": dataclasses.replace(config(rho=0.0), personalize_every=5),
+      "seed": dataclasses.replace(config(), seed=1),
+      "knn": Config(algorithm="knn_per"),
+      "ft": Config(algorithm="fedavg_ft", settings={"head_only": True}),
+      "fedavg": Config(algorithm="fedavg"),
+      "ditto": Config(algorithm="ditto"),
+    },
+  )
+  shared = {"rho": "all", "few": "all", "rho, peer": "peer", "ft": "knn", "fedavg": "knn"}
+  assert whose == dict.fromkeys(whose, "") | shared
+  assert list(whose)[-1] == "seed"  # all on one seed before the next
 
 
 def test_it_says_how_far_it_is(computed, tmp_path, capsys):

@@ -210,6 +210,16 @@ def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path):
   assert numbers(killed) == numbers(workdir)
 
 
+def test_the_rounds_of_another_run_give_the_same_bits(finished, tmp_path):
+  other = ("--ap_fl_rho=0", "--dropped_examples=4", "--personal_steps=15")
+  for name, more in (("alone", ()), ("shared", (f"--trained={finished[0]}",))):
+    result = train(f"--workdir={tmp_path}/{name}", *TINY, *other, *more)
+    assert result.returncode == 0, result.stderr
+  assert numbers(tmp_path / "shared") == numbers(tmp_path / "alone") != numbers(finished[0])
+  rounds = [json.loads(line)["round"] for line in (tmp_path / "shared" / "timings.jsonl").read_text().splitlines()]
+  assert rounds.count(8) == 3  # its last chunk, and twice what comes after: no round was computed again
+
+
 @pytest.mark.slow
 def test_the_default_run_killed_repeated_and_judged(tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -222,6 +232,9 @@ def test_the_default_run_killed_repeated_and_judged(tmp_path):
 
 
 BAD = {
+  ("--trained={tmp}",): ("trained", "no finished run"),
+  ("--trained={other}",): ("trained", "other rounds", "differs"),
+  ("--trained={other}", "--personalize_every=5"): ("trained", "personalize_every=0"),
   ("--algorithm=fedavgg",): ("algorithm", "'fedavgg'", "fedavg_ft"),
   ("--dataset=nope",): ("nope", "digits"),
   ("--dataset=mnist", "--data_dir=/nowhere"): ("data_dir", "/nowhere"),

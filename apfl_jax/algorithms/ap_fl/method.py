@@ -21,7 +21,7 @@ from apfl_jax.algorithms.ap_fl.statistics import TIERS
 from apfl_jax.algorithms.ap_fl.unseen import KINDS
 from apfl_jax.algorithms.ap_fl.unseen import Settings as UnseenSettings
 from apfl_jax.errors import InputError
-from apfl_jax.settings import Count, Limits, Positive, Share, Weight
+from apfl_jax.settings import Count, Limits, Personal, Positive, Share, Weight
 from apfl_jax.types import Algorithm, Array, Key, Task
 
 _Many = Annotated[int, Limits(least=1)]
@@ -64,20 +64,20 @@ def ap_fl(
   mixing: Share = 1.0,
   staleness_exponent: Weight = 0.0,
   friend: Annotated[str, Limits(choices=returning.FRIENDS)] = "mix",
-  friend_steps: Count = 100,
-  beta: Share = 0.5,
-  distill: bool = False,
-  lambda_kd: Weight = 1.0,
-  temperature: Positive = 2.0,
-  request: Annotated[str, Limits(choices=returning.REQUESTS)] = "own_and_seen",
-  synthetic_examples: Annotated[int, Limits(least=1)] = 512,
-  interpolation: Annotated[str, Limits(choices=returning.INTERPOLATIONS)] = "grid",
-  coupled: bool = False,
-  one_standard_error: bool = False,
-  grid_points: Annotated[int, Limits(least=2)] = 6,
-  rho: Weight = 0.3,
-  lambda_base: Share = 0.3,
-  lambda_head: Share = 0.7,
+  friend_steps: Personal[Count] = 100,
+  beta: Personal[Share] = 0.5,
+  distill: Personal[bool] = False,
+  lambda_kd: Personal[Weight] = 1.0,
+  temperature: Personal[Positive] = 2.0,
+  request: Personal[Annotated[str, Limits(choices=returning.REQUESTS)]] = "own_and_seen",
+  synthetic_examples: Personal[Annotated[int, Limits(least=1)]] = 512,
+  interpolation: Personal[Annotated[str, Limits(choices=returning.INTERPOLATIONS)]] = "grid",
+  coupled: Personal[bool] = False,
+  one_standard_error: Personal[bool] = False,
+  grid_points: Personal[Annotated[int, Limits(least=2)]] = 6,
+  rho: Personal[Weight] = 0.3,
+  lambda_base: Personal[Share] = 0.3,
+  lambda_head: Personal[Share] = 0.7,
 ) -> Algorithm:
   """AP-FL, reconstructed [O].
 
