@@ -131,7 +131,7 @@ class Config:
     choices=training.READOUTS,
   )
   model: str = _setting("cnn_small", "classifier", choices=nn.MODELS)
-  head: str = _setting("auto", "classifier's head; auto is what the method's paper has", choices=("auto", *nn.HEADS))
+  head: str = _setting("free", "classifier's head; free is a dense layer, others read the embeddings", choices=nn.HEADS)
   embeddings: str = _setting(
     "attributes", f"of classes: {', '.join(semantics.KINDS)}, the path of a table (.npz), or several joined by +"
   )

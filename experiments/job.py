@@ -123,14 +123,13 @@ def prepare(config: Config, dataset: data.Dataset | None = None, *, batch_width:
   mesh = simulation.default_mesh()
   traced, static = _parted(config.settings)
   around = {name: _parted(settings) for name, settings in config.wrapper_settings.items()}
-  head = entry.head if config.head == "auto" else config.head
 
   def task(settings: PyTree) -> Task:
     model = nn.classifier(
       config.model,
       image_shape,
       num_classes,
-      head=head,
+      head=config.head,
       embeddings=settings["embeddings"],
       dtype=jnp.dtype(config.compute_dtype),
     )

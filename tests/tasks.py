@@ -54,8 +54,7 @@ def build(
   """
   name, *wrappers = name.split("|")
   embeddings = settings["embeddings"]
-  head = "free" if algorithms.METHODS[name].head == "free" else "anchored"
-  model = nn.classifier("mlp", IMAGE_SHAPE, NUM_CLASSES, head=head, embeddings=embeddings)
+  model = nn.classifier("mlp", IMAGE_SHAPE, NUM_CLASSES)
   sgd = LocalSGD(
     learning_rate=settings["learning_rate"],
     batch_size=BATCH_SIZE,

@@ -52,7 +52,6 @@ class Method(NamedTuple):
     paper: where it comes from.
     group: under which heading tables list it, a key of `GROUPS`.
     keeps: what stays on the client between visits.
-    head: the classifier's head that `--head=auto` gives it.
     samples: (task, server, key, count, **settings) -> images [C, count, ...] in [0, 1], if it has a generator; None
       where these settings of the method let it make none.
     trust: (server) -> float [C] in [0, 1], how far it believes samples of each class, if it says so.
@@ -64,7 +63,6 @@ class Method(NamedTuple):
   paper: str
   group: str
   keeps: str = "nothing"
-  head: str = "free"
   samples: Callable[..., Any] | None = None
   trust: Callable[..., Any] | None = None
   pools: bool = False
@@ -100,7 +98,6 @@ METHODS: dict[str, Method] = {
     ap_fl,
     "Wan et al. 2025, arXiv 2503.00407 (reconstructed)",
     "generators",
-    head="anchored",
     samples=ap_fl_package.samples,
     trust=lambda server: server.trust,
   ),

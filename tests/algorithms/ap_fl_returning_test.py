@@ -64,7 +64,7 @@ def personal(*, source=SOURCE, trust=TRUST, seen=SEEN, kept=(), examples=None, f
   """
   values = {name: algorithms.settings("ap_fl")[name].default for name in returning.Settings._fields}
   values |= {"friend_steps": FRIEND_STEPS, "beta": BETA, "rho": RHO, "temperature": TAU, "lambda_kd": LAMBDA_KD}
-  values |= {"synthetic_examples": 8} | settings
+  values |= {"synthetic_examples": 8, "friend_start": "global"} | settings
   floats = {name: values.pop(name) for name in list(values) if isinstance(values[name], float)}
   data = linear.data(CLIENT, examples)
   if not few:
@@ -126,9 +126,9 @@ def slope(function, tree, step=1e-5):
   return jax.tree.unflatten(structure, result)
 
 
-def descended(loss, steps):
-  """From the download on, the rate falling to 0 along a cosine."""
-  params = START
+def descended(loss, steps, start=START):
+  """The rate falls to 0 along a cosine."""
+  params = start
   for step in range(steps):
     rate = linear.LEARNING_RATE * 0.5 * (1 + np.cos(np.pi * step / steps))
     params = jax.tree.map(lambda p, g, rate=rate: p - rate * g, params, slope(loss, params))
@@ -167,6 +167,12 @@ def close(actual, expected):
 @pytest.mark.parametrize(("kind", "distill"), [("mix", False), ("synthetic", True)])
 def test_a_trained_friend_descends_on_its_loss(kind, distill):
   close(fixed(0.0, friend=kind, distill=distill), friend(kind, distill))
+
+
+def test_the_friend_goes_on_from_the_local_model():
+  expected = descended(lambda params: friend_loss(params, "mix", False, MADE), FRIEND_STEPS, local())
+  close(fixed(0.0, friend_start="local"), expected)
+  close(fixed(1.0, friend_start="local"), local())
 
 
 def test_from_features_the_friend_learns_with_its_head_alone_and_the_objective_knows_them():
@@ -282,6 +288,18 @@ def test_the_surface_is_the_objective_and_the_choice_its_least():
   close(model.params, between(Params(GRID[b], GRID[h])))
   real = [entropies(between(Params(s, s)), *EVERYBODY).mean() for s in (0, 0.5, 1)]
   np.testing.assert_allclose(model.choice.barrier, real[1] - (real[0] + real[2]) / 2, atol=1e-5)
+
+
+def test_synthetic_examples_count_as_far_as_the_friend_learnt_their_labels():
+  learnt = {}
+  for c in HELD:
+    trust = np.eye(3)[c] * 0.7
+    with_rho, without = (personal(friend="global", trust=tuple(trust), rho=rho) for rho in (RHO, 0.0))
+    answer = np.argmax(logits(START, np.float64(PICTURES[c : c + 1]).reshape(1, -1))[0, HELD])
+    learnt[c] = float(answer == c)
+    share = np.max(np.abs(with_rho.choice.surface - without.choice.surface)) > 1e-3
+    assert share == learnt[c], (c, answer)
+  assert sorted(learnt.values()) == [0.0, 1.0]  # both happen here
 
 
 def test_one_standard_error_is_that_of_the_validation_loss_and_the_synthetic_one():

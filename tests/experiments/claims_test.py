@@ -172,10 +172,12 @@ def test_a6_has_controls_and_costs_nothing():
 
 
 def test_a7_bad_samples():
-  noise, local, friend, coupled = CLAIMS["A7"].variants
+  noise, local, friend, coupled, *alone = CLAIMS["A7"].variants
   evidence = {noise: runs_of(own=0.9), local: runs_of(own=0.9), friend: runs_of(own=0.8), coupled: runs_of(own=0.89)}
-  assert verdicts("A7", evidence) == [HOLDS, HOLDS, HOLDS]
-  assert verdicts("A7", evidence | {noise: runs_of(own=0.85)}) == [FAILS, HOLDS, FAILS]
+  evidence |= dict(zip(alone, evidence.values(), strict=True))
+  assert verdicts("A7", evidence) == [HOLDS] * 6
+  assert verdicts("A7", evidence | {noise: runs_of(own=0.85)}) == [FAILS, HOLDS, FAILS, HOLDS, HOLDS, HOLDS]
+  assert verdicts("A7", evidence | {alone[0]: runs_of(own=0.85)}) == [HOLDS, HOLDS, HOLDS, FAILS, HOLDS, FAILS]
   assert dict(friend.changes)["ap_fl_lambda_base"] == 0.0 and dict(local.changes)["ap_fl_lambda_head"] == 1.0
 
 
@@ -233,7 +235,7 @@ def test_the_ledger_decides_what_is_cheap():
   tenth = criteria._CHEAP["a tenth of the steps"]
   evidence = {of("ap_fl"): runs_of(flops=1e12), tenth: runs_of(own=0.895, flops=1e11)}
   rows = CLAIMS["C"].judge(evidence)
-  assert [row.verdict for row in rows] == [REPORTED, HOLDS, NOT_MEASURED, NOT_MEASURED]
+  assert [row.verdict for row in rows] == [REPORTED, HOLDS, *[NOT_MEASURED] * 3]
   assert rows[0].measured == "40.0 %" and "10.0 % of the FLOPs" in rows[1].measured
   assert CLAIMS["C"].judge(evidence | {tenth: runs_of(flops=2e11)})[1].verdict == FAILS
 

@@ -64,6 +64,7 @@ def ap_fl(
   mixing: Share = 1.0,
   staleness_exponent: Weight = 0.0,
   friend: Annotated[str, Limits(choices=returning.FRIENDS)] = "mix",
+  friend_start: Personal[Annotated[str, Limits(choices=returning.STARTS)]] = "local",
   friend_steps: Personal[Count] = 100,
   beta: Personal[Share] = 0.5,
   distill: Personal[bool] = False,
@@ -126,6 +127,8 @@ def ap_fl(
     staleness_exponent: a; of an update computed tau versions ago the server takes alpha (1 + tau)^-a.
     friend: the model mixed with the local one: 'mix', trained on real and synthetic examples; 'synthetic', on synthetic
       ones alone; 'peer', the most similar model of another client; 'global', the global model.
+    friend_start: where training of the friends 'mix' and 'synthetic' starts: 'local', it goes on from the local model;
+      'global', from the global one.
     friend_steps: how many of the personal steps train the friend model; the rest train the local model, which takes
       them all with the friends 'peer' and 'global'.
     beta: share of the synthetic loss in the loss of the friend 'mix'.
@@ -223,6 +226,7 @@ def ap_fl(
   settings = returning.Settings(
     mask_softmax=mask_softmax,
     friend=friend,
+    friend_start=friend_start,
     friend_steps=friend_steps,
     beta=beta,
     distill=distill,

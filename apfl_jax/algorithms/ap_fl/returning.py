@@ -3,13 +3,17 @@
 Method 2.8 and 2.9 [O], where the pilots of 8.3 contradict them as these say [P] (no distillation, rho = .3):
 
   local   w_L: SGD from theta on the client's own examples
-  friend  w_F: SGD from theta on (1 - beta) CE(real) + beta (trust_c CE(synthetic) + lambda_kd tau^2 KL(theta || w))
+  friend  w_F: SGD from w_L on (1 - beta) CE(real) + beta (trust_c CE(synthetic) + lambda_kd tau^2 KL(theta || w))
           `synthetic`: on the bracket alone; `peer`: another client's model, see `peers`; `global`: theta
-  w_P     between the two, see `interpolation`; all clients do the same, also those that never took part
+  w_P     between the two, see `interpolation`, where J = CE(validation) + rho s CE(synthetic, held out) is the least; s
+          is how much of these labels the friend learnt, so that labels without a meaning do not count [O]
+          all clients do the same, also those that never took part
 
 Budget parity [O]: local and friend steps are `personal_steps` together, and the local model takes them all where the
-friend is not trained. Steps of coefficients by gradient are not among them: they train no weight but two numbers, or
-one for each layer, and read validation examples only. The ledger counts their operations.
+friend is not trained. The friend goes on from the local model, where 2.8 has both start from theta: so no step on real
+data is lost to it, and it knows more of its own classes and of all (experiments/results/ap_fl.md). Steps of
+coefficients by gradient are not among them: they train no weight but two numbers, or one for each layer, and read
+validation examples only. The ledger counts their operations.
 
 An upload of w_L on return is not here: a client that is there again takes part in rounds as any other.
 """
@@ -40,6 +44,7 @@ from apfl_jax.algorithms.ap_fl.unseen import LEFT_OUT, Reading, for_client, plac
 from apfl_jax.types import Array, Data, Download, Key, Model, Params, Prediction, PyTree, Task, Visit
 
 FRIENDS = ("mix", "synthetic", "peer", "global")
+STARTS = ("local", "global")
 REQUESTS = ("own_and_seen", "own", "seen")
 INTERPOLATIONS = ("grid", "grad", "size", "layer", "output", "fixed")
 
@@ -54,6 +59,7 @@ class Settings(NamedTuple):
 
   mask_softmax: bool
   friend: str
+  friend_start: str
   friend_steps: int
   beta: Array | float
   distill: bool
@@ -150,7 +156,8 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
     elif isinstance(shared.peers, peers.Peers):
       friend = peers.nearest(shared.peers, shared.start, local, visit.id)
     else:
-      friend = trained_friend(shared, data, taught, softmax, friend_key)
+      start = local if settings.friend_start == "local" else shared.start
+      friend = trained_friend(start, shared, data, taught, softmax, friend_key)
     params, choice = interpolated(local, friend, shared.start, data, apart, classes)
     reading = shared.reading
     if isinstance(reading, Reading):
@@ -158,7 +165,9 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
       reading = for_client(model, reading, partial(training.predict, model, params), data, classes)
     return Answering(params, classes, reading, choice)
 
-  def trained_friend(shared: Shared, data: Data, synthetic: training.Batch, softmax: Array | None, key: Key) -> Params:
+  def trained_friend(
+    start: Params, shared: Shared, data: Data, synthetic: training.Batch, softmax: Array | None, key: Key
+  ) -> Params:
     real_batch = training.batches(task, data, data.train, key)
     batch_size = task.sgd.batch_size
     # With nothing to be trusted the friend learns from real data alone, at the full rate.
@@ -191,7 +200,7 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
       return (1 - share) * own + share * bracket(others, made)
 
     steps = jnp.where(data.train.size > 0, settings.friend_steps, 0)
-    return training.descend(friend_loss, shared.start, steps, task.sgd.learning_rate, cosine=True)
+    return training.descend(friend_loss, start, steps, task.sgd.learning_rate, cosine=True)
 
   def interpolated(
     local: Params, friend: Params, start: Params, data: Data, synthetic: training.Batch, classes: Array
@@ -205,13 +214,14 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
     many = data.validation.size >= _MANY_VALIDATION
     guarded = data.validation.size > 0
     sizes = by_size(data.train.size, coupled=settings.coupled or settings.interpolation == "output")
+    rho = settings.rho * learnable(friend, synthetic, classes)
 
     def each(logits: Array, batch: training.Batch) -> Array:
       """The cross-entropy of each row, weighted by its trust."""
       return jnp.where(batch.mask > 0, batch.mask * training.batch_cross_entropy(logits, batch, softmax), 0.0)
 
     def losses(logits_of: Callable[[Features], Array]) -> Losses:
-      """J = CE(validation) + rho CE(synthetic, held out), [P]; `logits_of` what `over_examples` gives are [P, B, C]."""
+      """J, [P]; `logits_of` what `over_examples` gives are [P, B, C]."""
 
       def sums(batch, features):
         values = jax.vmap(lambda logits: each(logits, batch))(logits_of(features))
@@ -219,8 +229,8 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
 
       (real, real_square), (made, made_square) = means(sums)
       spread = (real_square - real**2) / jnp.maximum(data.validation.size - 1, 1)
-      spread += settings.rho**2 * (made_square - made**2) / held_out
-      return Losses(real + settings.rho * made, real, spread)
+      spread += rho**2 * (made_square - made**2) / held_out
+      return Losses(real + rho * made, real, spread)
 
     if settings.interpolation == "output":
       shares = jnp.append(jnp.linspace(0.0, 1.0, settings.grid_points), sizes.head)
@@ -259,7 +269,7 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
           return jax.grad(total)(free)
 
         real, made = means(gradient)
-        return jax.tree.map(lambda a, b: a + settings.rho * b, real, made)
+        return jax.tree.map(lambda a, b: a + rho * b, real, made)
 
       found = whole(by_gradient(slope, jax.tree.map(jnp.asarray, free)))
       if settings.interpolation == "layer":
@@ -277,6 +287,16 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
       coupled=settings.coupled,
       prior=(prior.base, prior.head) if settings.one_standard_error else None,
     )
+
+  def learnable(friend: Params, synthetic: training.Batch, classes: Array) -> Array:
+    """float32 []: the share of held-out labels that the friend answers beyond guessing; 0 if there is nothing in them.
+
+    Where it can only learn such labels by heart, as of noise, the loss on others says who is least sure, and no more.
+    """
+    logits = model.head(friend.head, source.features(model, friend.base, synthetic.images))
+    right = jnp.argmax(jnp.where(classes, logits, -jnp.inf), axis=-1) == jnp.argmax(synthetic.targets, axis=-1)
+    chance = 1.0 / jnp.maximum(jnp.sum(classes), 2)
+    return jnp.clip((jnp.mean(right) - chance) / (1.0 - chance), 0.0, 1.0)
 
   def over_examples(data: Data, synthetic: training.Batch) -> Callable:
     """(sums) -> its means over real validation examples and over synthetic ones.
