@@ -79,7 +79,9 @@ class Config:
   off_rounds: float = _setting(FACTS.off_rounds, "mean rounds of an absence of markov", least=1)
   day_rounds: float = _setting(FACTS.day_rounds, "rounds of a day of diurnal", above=0)
   regions: int = _setting(FACTS.regions, "of regional", least=1, most=2**31 - 1)
-  trace: str = _setting("", "CSV file of trace, see apfl_jax/population/traces.py; empty for a synthetic sample")
+  trace: str = _setting(
+    "", "file of trace, CSV or Parquet, see apfl_jax/population/traces.py; empty for a synthetic sample"
+  )
   trace_round: float = _setting(1.0, "length of a round in the trace's unit of time; the sample's is an hour", above=0)
   speed: str = _setting("constant", "law of clients' speeds, mean 1; only a virtual clock reads them", choices=SPEEDS)
   speed_spread: float = _setting(

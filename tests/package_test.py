@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("huggingface_hub", "matplotlib", "tensorflow", "tensorflow_datasets", "torch", "transformers")
+HEAVY = ("huggingface_hub", "matplotlib", "pyarrow", "tensorflow", "tensorflow_datasets", "torch", "transformers")
 
 
 def loaded_by(code: str) -> set[str]:

@@ -1,6 +1,7 @@
 """Availability and speed from a file: who was there when, as seen on devices or made up elsewhere.
 
-The file is a CSV table with a header and an interval a line, in any order:
+The file is a table with an interval a row, in any order, as CSV with a header or as Parquet (a name that ends with
+.parquet; needs `pip install 'apfl_jax[parquet]'`):
 
   client,start,end,speed
   0,0,6.5,1.2
@@ -16,14 +17,16 @@ Round t begins at t times the length of a round, and a client is there in it if 
 `end` of all, rounded up to whole rounds, the file begins anew, so nobody leaves for good. Of R clients in the file, the
 run's client i does as number i modulo R.
 
-`sample.csv` is synthetic, see `sample.py`.
+`sample.csv` is synthetic, see `sample.py`. FedScale's traces of phones become such a file by
+`experiments/convert_trace.py`.
 """
 
 import csv
+import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +85,7 @@ def read_trace(path: str | Path, round_length: float = 1.0, num_clients: int | N
     num_clients: of the run; rows of clients beyond are left out.
 
   Raises:
-    InputError: with the row of the file, the header being row 1.
+    InputError: with the row of the table, the header being row 1, of Parquet too.
   """
   intervals = sorted(_intervals(path))
   if not intervals:
@@ -121,10 +124,12 @@ def read_trace(path: str | Path, round_length: float = 1.0, num_clients: int | N
 
 def _intervals(path: str | Path) -> Iterator[_Interval]:
   """The rows of a file, each checked by itself."""
+  rows_of = _parquet_rows if Path(path).suffix.lower() == ".parquet" else _csv_rows
   try:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-      reader = csv.reader(file, strict=True)
-      header = [name.strip() for name in next(reader, [])]
+    with open(path, "rb") as file:
+      rows = rows_of(path, file)
+      _, names = next(rows)
+      header = [str(name).strip() for name in names]
       missing = [name for name in _NEEDED if name not in header]
       if missing:
         raise InputError(
@@ -136,24 +141,55 @@ def _intervals(path: str | Path) -> Iterator[_Interval]:
           raise InputError(
             f"trace: {path}, row 1: column {name!r}, accepted are {', '.join((*_NEEDED, *_OPTIONAL))}, each once"
           )
-      for cells in reader:
-        if not any(cell.strip() for cell in cells):
-          continue
-        where = f"trace: {path}, row {reader.line_num}"
+      for row, cells in rows:
+        where = f"trace: {path}, row {row}"
         if len(cells) != len(header):
           raise InputError(f"{where}: {len(cells)} fields, accepted are {len(header)} as in the header")
-        yield _interval(where, reader.line_num, dict(zip(header, cells, strict=True)))
+        yield _interval(where, row, dict(zip(header, cells, strict=True)))
   except OSError as error:
-    raise InputError(f"trace: {path} cannot be read ({error.strerror}), accepted is a CSV file") from error
+    raise InputError(f"trace: {path} cannot be read ({error.strerror}), accepted is a CSV or Parquet file") from error
+
+
+def _csv_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Sequence[str]]]:
+  """(row, its cells), first the names of the columns; blank lines are left out."""
+  try:
+    with io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+      reader = csv.reader(text, strict=True)
+      yield 1, next(reader, [])
+      for cells in reader:
+        if any(cell.strip() for cell in cells):
+          yield reader.line_num, cells
   except (csv.Error, UnicodeDecodeError) as error:
     raise InputError(f"trace: {path} is no CSV text ({error}), accepted is a CSV file in UTF-8") from error
 
 
-def _interval(where: str, row: int, cells: dict[str, str]) -> _Interval:
+def _parquet_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Sequence[Any]]]:
+  """(row, its cells), first the names of the columns; rows are numbered as if these were a line of their own."""
+  try:
+    import pyarrow
+    from pyarrow import parquet
+  except ImportError as error:
+    raise InputError(
+      f"trace: {path} needs the package pyarrow; install it with: pip install 'apfl_jax[parquet]'"
+    ) from error
+  try:
+    table = parquet.ParquetFile(file)
+    yield 1, table.schema_arrow.names
+    row = 1
+    for batch in table.iter_batches(use_threads=False):
+      for cells in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+        row += 1
+        yield row, cells
+  except (pyarrow.ArrowException, OSError) as error:
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    raise InputError(f"trace: {path} is no Parquet file ({said}), accepted is a whole one") from error
+
+
+def _interval(where: str, row: int, cells: dict[str, Any]) -> _Interval:
   def number(name: str) -> float:
     try:
       value = float(cells[name])
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
       value = math.nan
     if not math.isfinite(value):
       raise InputError(f"{where}: {name} is {cells[name]!r}, accepted is a finite number")

@@ -1,6 +1,10 @@
-"""Traces: what a file says against a plain loop over its intervals, and each way in which a file can be broken."""
+"""Traces: what a file says against a plain loop over its intervals, and each way in which a file can be broken.
+
+Parquet needs the extra `parquet` (pyarrow); it is held against CSV.
+"""
 
 import csv
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +116,95 @@ def test_broken_files_are_refused_with_the_row(tmp_path, text):
   assert all(word in message for word in BROKEN[text]), message
 
 
-@pytest.mark.parametrize("name", ["nothing.csv", ""])
+@pytest.fixture(scope="module")
+def parquet():
+  """Writes columns by name, which may repeat, into a file."""
+  pyarrow = pytest.importorskip("pyarrow", reason="needs the extra `parquet`: pip install 'apfl_jax[parquet]'")
+  from pyarrow import parquet
+
+  def write(path, columns, **options):
+    table = pyarrow.Table.from_arrays([pyarrow.array(values) for _, values in columns], [name for name, _ in columns])
+    parquet.write_table(table, path, **options)
+    return path
+
+  return write
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parquet_says_what_csv_says(tmp_path, parquet, seed):
+  rows, _ = made_up(seed)
+  with open(tmp_path / "trace.csv", "w", newline="") as file:
+    csv.writer(file).writerows([("client", "start", "end", "speed"), *rows])
+  columns = list(zip(("client", "start", "end", "speed"), zip(*rows, strict=True), strict=True))
+  columns = [columns[i] for i in np.random.default_rng(seed).permutation(4)]
+  parquet(tmp_path / "trace.PARQUET", columns, row_group_size=7)
+  for few in (None, 2):
+    one, other = (population.read_trace(tmp_path / f"trace.{kind}", 0.5, few) for kind in ("csv", "PARQUET"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def tables():
+  """Of the broken files those that a table can say too."""
+  for text in BROKEN:
+    if isinstance(text, str) and text and "\n\n" not in text and '"' not in text:
+      header, *rows = [line.split(",") for line in text.splitlines()]
+      if all(len(row) == len(header) for row in rows):
+        yield text, header, rows
+
+
+def test_broken_parquet_is_refused_in_the_words_of_csv(tmp_path, parquet):
+  path, other = tmp_path / "trace.csv", tmp_path / "trace.parquet"
+  found = list(tables())
+  assert len(found) > 15
+  for text, header, rows in found:
+    path.write_text(text)
+    columns = [[row[i] for row in rows] for i in range(len(header))]
+    parquet(other, list(zip(header, columns, strict=True)), row_group_size=1)
+    messages = []
+    for file in (path, other):
+      with pytest.raises(InputError) as caught:
+        population.read_trace(file)
+      messages.append(str(caught.value).replace(str(file), "FILE"))
+    assert messages[0] == messages[1], text
+
+
+TYPED = {
+  "none": ([None, 6.0], ("row 2", "end is None", "finite number")),
+  "nan": ([2.0, float("nan")], ("row 3", "end is nan", "finite number")),
+  "dates": (np.array(["2020-01-31", "2020-02-01"], "datetime64[ms]"), ("row 2", "end is datetime", "finite number")),
+  "lists": ([[1], [2]], ("row 2", "end is [1]", "finite number")),
+  "backwards": ([2, 4], ("row 3", "end is 4, before start", "5 or more")),
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_what_only_parquet_can_hold_is_refused_with_the_row(tmp_path, parquet, name):
+  end, words = TYPED[name]
+  path = parquet(tmp_path / "trace.parquet", [("client", [0, 0]), ("start", [1, 5]), ("end", end)])
+  with pytest.raises(InputError) as caught:
+    population.read_trace(path)
+  message = str(caught.value)
+  assert len(message.splitlines()) == 1 and all(word in message for word in (str(path), *words)), message
+
+
+def test_what_is_no_parquet_is_refused(tmp_path, parquet):
+  path = parquet(tmp_path / "trace.parquet", [("client", [0]), ("start", [1]), ("end", [2])])
+  whole = path.read_bytes()
+  for data in (b"", b"client,start,end\n0,1,2\n", whole[:-9], whole[:4] + bytes(40) + whole[44:]):
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="no Parquet file") as caught:
+      population.read_trace(path)
+    assert len(str(caught.value).splitlines()) == 1 and str(path) in str(caught.value)
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "pyarrow", None)
+  (tmp_path / "trace.parquet").write_bytes(b"PAR1")
+  with pytest.raises(InputError, match=r"trace.parquet needs the package pyarrow; .*pip install 'apfl_jax\[parquet\]'"):
+    population.read_trace(tmp_path / "trace.parquet")
+
+
+@pytest.mark.parametrize("name", ["nothing.csv", "nothing.parquet", ""])
 def test_what_is_no_file_is_refused(tmp_path, name):
   with pytest.raises(InputError, match="cannot be read"):
     population.read_trace(tmp_path / name)
