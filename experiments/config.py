@@ -32,7 +32,7 @@ _OF_A_SCHEDULE = (
   *("dropout", "drop_rate", "leave_at", "off_rounds", "day_rounds", "regions", "trace", "trace_round"),
 )
 # May differ when a run is continued.
-_NOT_OF_A_RUN = ("workdir", "progress", "data_on", "client_state", "memory_limit")
+_NOT_OF_A_RUN = ("workdir", "progress", "report", "data_on", "client_state", "memory_limit")
 # Read once the rounds are over.
 _AFTER_ROUNDS = ("personal_steps", "judge", "checkpoint_every")
 
@@ -167,6 +167,7 @@ class Config:
   personalize_every: int = _setting(0, "rounds between scores of personal models; 0 for the last only", least=0)
   checkpoint_every: int = _setting(10, "rounds between checkpoints; 0 for none", least=0)
   progress: bool = _setting(True, "show progress")
+  report: bool = _setting(True, "draw report.html; `python -m experiments.report --workdir=DIR` does it later")
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   wrapper_settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by wrapper
 

@@ -262,7 +262,7 @@ def run(config: Config) -> dict[str, Any]:
   workdir = _workdir(config)
   if summary := finished(config):
     print("this run is finished; nothing is computed", file=sys.stderr)
-    if not (workdir / "report.html").is_file():  # killed just before
+    if config.report and not (workdir / "report.html").is_file():  # killed just before
       _draw(workdir)
     return _announced(summary, workdir)
   trained = _trained(config)
@@ -300,7 +300,8 @@ def run(config: Config) -> dict[str, Any]:
   with replacing(workdir / "arrays.npz") as path, open(path, "wb") as file:
     np.savez_compressed(file, allow_pickle=False, **arrays)
   _write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-  _draw(workdir)
+  if config.report:
+    _draw(workdir)
   if not any(result.record.arrived):
     print("no upload arrived in any round: the global model is the initial one", file=sys.stderr)
   return _announced(summary, workdir)

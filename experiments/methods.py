@@ -322,7 +322,7 @@ def _changed(configs: Iterable[Config]) -> list[str]:
   for one in configs:
     usual = Config(algorithm=one.algorithm).lines()
     found |= dict.fromkeys(line for line in one.lines() if line not in usual)
-  left_out = tuple(f"--{name}=" for name in (*_GIVEN, "progress"))
+  left_out = tuple(f"--{name}=" for name in (*_GIVEN, "progress", "report"))
   lines = ["--data_dir=DIR" if line.startswith("--data_dir=") else line for line in found]
   return [shlex.quote(line) for line in lines if not line.startswith(left_out)]
 

@@ -370,7 +370,7 @@ def main(arguments: Sequence[str]) -> None:
   changed = [line for line in make(0, tiers[0]).lines() if line not in usual]
   scored = {name: value for name, value in scoring._asdict().items() if value != getattr(Scoring(), name)}
   changed += [f"--{name}={value}" for name, value in scored.items()]
-  left_out = tuple(f"--{name}=" for name in (*_GIVEN, "ap_fl_tier", "ap_fl_source", "data_dir", "progress"))
+  left_out = tuple(f"--{name}=" for name in (*_GIVEN, "ap_fl_tier", "ap_fl_source", "data_dir", "progress", "report"))
   facts = {
     "dataset": dataset.name,
     "unseen classes": str(asked.unseen_classes),
