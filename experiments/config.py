@@ -33,6 +33,12 @@ _OF_A_SCHEDULE = (
 )
 # May differ when a run is continued.
 _NOT_OF_A_RUN = ("workdir", "progress", "report", "data_on", "client_state", "memory_limit")
+# What examples there are, and when something is scored or kept: no program knows.
+_NOT_OF_A_PROGRAM = (
+  *("data_dir", "examples_per_client", "partition", "classes_per_client", "clusters", "min_size", "dropped_examples"),
+  *("monopolistic_classes", "pooled_examples", "drop_rate", "trace", "seed"),
+  *("eval_every", "eval_clients", "personalize_every", "checkpoint_every", "judge"),
+)
 # Read once the rounds are over.
 _AFTER_ROUNDS = ("personal_steps", "judge", "checkpoint_every")
 
@@ -265,16 +271,26 @@ class Config:
         )
     return names, tuple(rates)
 
-  def lines(self) -> list[str]:
-    """All flags of the run, a --name=value a line, as flags.txt holds them; whose rounds it takes makes it no other."""
-    values = {field.name: getattr(self, field.name) for field in fields() if field.name != "trained"}
+  def _values(self) -> dict[str, Any]:
+    """All settings by flag."""
+    values = {field.name: getattr(self, field.name) for field in fields()}
     for owner, settings in {self.algorithm: self.settings, **self.wrapper_settings}.items():
       values |= {f"{owner}_{name}": value for name, value in settings.items()}
+    return values
+
+  def lines(self) -> list[str]:
+    """All flags of the run, a --name=value a line, as flags.txt holds them; whose rounds it takes makes it no other."""
+    values = {name: value for name, value in self._values().items() if name != "trained"}
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()]
 
   def identity(self) -> set[str]:
     """The lines that make it this run and no other."""
     return _without(self.lines(), _NOT_OF_A_RUN)
+
+  def program_identity(self) -> set[str]:
+    """The lines that compiled programs depend on beside shapes; numbers with a point are arguments of theirs."""
+    floats = [name for name, value in self._values().items() if isinstance(value, float)]
+    return _without(self.lines(), [*_NOT_OF_A_RUN, *_NOT_OF_A_PROGRAM, *floats])
 
   def rounds_identity(self) -> set[str]:
     """The lines that rounds depend on: runs that have them all in common train the same server.

@@ -58,13 +58,17 @@ class Job(NamedTuple):
   clock: simulation.batches.Plan | None
 
 
-def prepare(config: Config, dataset: data.Dataset | None = None, *, batch_width: int = 0) -> Job:
+def prepare(
+  config: Config, dataset: data.Dataset | None = None, *, batch_width: int = 0, like: Job | None = None
+) -> Job:
   """Loads, partitions and builds; nothing is written. Raises InputError for whatever does not fit together.
 
   Args:
     config: the settings.
     dataset: taken in place of the one that the settings name.
     batch_width: visits of the asynchronous clock computed together, at most; 0 for what fits its schedule.
+    like: a job whose compiled functions are taken if this one has the same, as if it differs in its seed alone; they
+      may still be compiled for other shapes.
   """
   simulation.resolve(config.client_map)
   if config.clock != "rounds" and jax.process_count() > 1:
@@ -179,6 +183,9 @@ def prepare(config: Config, dataset: data.Dataset | None = None, *, batch_width:
     },
     held_out=held_out,
   )
+  if like and config.clock == "rounds" and config.program_identity() == like.config.program_identity():
+    of_it = like._replace(config=config, dataset=dataset, verified=verified)
+    return of_it._replace(federation=federation, inputs=inputs, gone=gone)
   server = jax.eval_shape(lambda i: build(i.settings)[0].init(jax.random.key(0)), inputs)
   masked = (config.softmax_mask, config.readout) != ("none", "plain")
   traffic = simulation.traffic(build, inputs, server, num_classes if masked else 0)
@@ -252,8 +259,18 @@ def _schedule(
   return made
 
 
-def run(config: Config) -> dict[str, Any]:
+class Programs:
+  """The last job that was run with these; a next one of the same program compiles nothing."""
+
+  job: Job | None = None
+
+
+def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
   """Runs a job in its run directory, from where it stopped if it did; returns summary.json's content.
+
+  Args:
+    config: the settings.
+    programs: what runs one after another share.
 
   Raises:
     InputError: see `prepare`; or the directory holds another run.
@@ -267,7 +284,9 @@ def run(config: Config) -> dict[str, Any]:
     return _announced(summary, workdir)
   trained = _trained(config)
   with simulation.Stopwatch() as watch:
-    job = prepare(config)
+    job = prepare(config, like=programs.job if programs else None)
+    if programs:
+      programs.job = job
     # Of several processes all compute, and what is asked of the devices is asked by all; the first one writes.
     writes = jax.process_index() == 0
     result = simulation.run(

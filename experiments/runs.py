@@ -1,7 +1,8 @@
 """Many runs in the folders of one root: those that are finished are not computed again, one that fails stops no other.
 
 The same command goes on where it was stopped. Runs that differ in nothing but what personal models read share their
-rounds, which changes no number. Several processes may work on one root at once, on the cores of a machine or on
+rounds, and those of one program, as with other seeds, come one after another and compile it once; neither changes a
+number. Several processes may work on one root at once, on the cores of a machine or on
 machines that share the folder: each takes the next run that is neither finished nor taken.
 """
 
@@ -66,8 +67,10 @@ def run(root: str | Path, configs: Mapping[str, Config]) -> Outcome:
   identities = {name: frozenset(config.rounds_identity()) for name, config in placed.items()}
   firsts = {identity: name for name, identity in reversed(identities.items())}
   # Those that others share come first, or two processes would both compute the rounds.
-  seeds = list(dict.fromkeys(config.seed for config in placed.values()))
-  todo = sorted(placed, key=lambda name: (seeds.index(placed[name].seed), firsts[identities[name]] != name))
+  compiled = {name: frozenset(config.program_identity()) for name, config in placed.items()}
+  order = list(dict.fromkeys(compiled.values()))
+  todo = sorted(placed, key=lambda name: (firsts[identities[name]] != name, order.index(compiled[name])))
+  programs = job.Programs()
   while todo:
     taken = []
     for name in todo:
@@ -84,7 +87,9 @@ def run(root: str | Path, configs: Mapping[str, Config]) -> Outcome:
               settled = len(summaries) + len(failed)
               print(f"[{settled + 1} of {len(placed)}] {name}{_left(seconds, placed, settled)}", file=sys.stderr)
             same = [placed[other] for other, identity in identities.items() if identity == identities[name] != set()]
-            summary = _computed(_sharing(config, same))
+            if programs.job and programs.job.config.program_identity() != compiled[name]:
+              _forget(programs)
+            summary = job.run(_sharing(config, same), programs)
             seconds.append(time.perf_counter() - start)
           summaries[name] = summary
           _trace(root, name).unlink(missing_ok=True)
@@ -93,6 +98,7 @@ def run(root: str | Path, configs: Mapping[str, Config]) -> Outcome:
     if taken == todo:
       break
     todo = taken  # meanwhile some were finished, or given up with their process
+  _forget(programs)
   return Outcome({name: summaries[name] for name in placed if name in summaries}, failed, tuple(todo))
 
 
@@ -123,13 +129,11 @@ def facts(outcome: Outcome, command: str) -> dict[str, str]:
   return {name: text for name, text in told.items() if text}
 
 
-def _computed(config: Config) -> dict[str, Any]:
-  try:
-    return job.run(config)
-  finally:
-    # Its programs serve no other run, for they belong to its own functions; on disk they are kept.
-    jax.clear_caches()
-    gc.collect()
+def _forget(programs: job.Programs) -> None:
+  """Compiled functions of many methods would fill the memory; on disk they are kept."""
+  programs.job = None
+  jax.clear_caches()
+  gc.collect()
 
 
 def _sharing(config: Config, others: Iterable[Config]) -> Config:

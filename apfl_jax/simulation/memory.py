@@ -81,15 +81,14 @@ def plan(staging: Staging, rounds: int, keeping: bool = False) -> tuple[MemoryPl
     keeping: whether the run writes checkpoints.
 
   Returns:
-    (the plan, `simulator.advance` compiled for `staging.shapes()`)
+    (the plan, `simulator.compile(*staging.shapes())`)
   """
   state: Any
   inputs: Any
   state, inputs = staging.shapes()
   federation: Any = inputs.federation
   before = _resident()
-  simulator = staging.simulator
-  compiled = simulator.advance.lower(*map(simulator.shaped, (state, inputs, simulator.work))).compile()
+  compiled = staging.simulator.compile(state, inputs)
   held = _resident()
   analysis = compiled.memory_analysis()
   moved = 0 if staging.resident else _bytes((state.clients, state.times, federation._replace(store=())))

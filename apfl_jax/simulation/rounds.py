@@ -1,5 +1,6 @@
 """The pure round step and the functions around it that a run needs, each compiled once."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -93,6 +94,7 @@ class Simulator(NamedTuple):
 
   Attributes:
     init: (inputs) -> State.
+    compile: (shapes of a state, of inputs) -> `advance` compiled for them, once.
     advance: (state, inputs, work) -> (State, RoundMetrics [chunk, ...]); the state is donated. The work is a number of
       rounds int32 [] <= chunk; on a virtual clock it is `Batches`, and metrics are those of its batches, [D, ...].
     work: of the shapes that `advance` takes.
@@ -117,7 +119,8 @@ class Simulator(NamedTuple):
   """
 
   init: Callable[[Inputs], State]
-  advance: Any  # a jitted function: the memory plan lowers it
+  compile: Callable[[State, Inputs], Any]
+  advance: Callable[[State, Inputs, Any], tuple[State, Any]]
   work: Any
   cohorts: Callable[[PyTree, Array, PyTree, Array, Array], tuple[PyTree, Array, Array]]
   score_global: Callable[[State, Inputs, Array, Array], Scores]
@@ -523,10 +526,21 @@ def simulator(
     algorithm, _ = build(inputs.settings)
     return algorithm.global_model(algorithm.init(random.key(inputs.seed, Purpose.SERVER)))
 
+  work = blank_batches(layout) if layout else np.int32(0)
+
+  @functools.cache
+  def compiled_for(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    return advance.lower(*jax.tree.unflatten(structure, shapes)).compile()
+
+  def compile(state: State, inputs: Inputs) -> Any:
+    shapes, structure = jax.tree.flatten(shaped((state, inputs, work)))
+    return compiled_for(structure, tuple(shapes))
+
   return Simulator(
     init=compiled(init),
+    compile=compile,
     advance=advance,
-    work=blank_batches(layout) if layout else np.int32(0),
+    work=work,
     cohorts=cohorts,
     score_global=score_global,
     score_pooled=score_pooled,
