@@ -104,7 +104,7 @@ def test_the_table_says_what_was_found_and_how(compared):
 def test_the_same_again_computes_nothing_and_tells_what_is_missing(compared, monkeypatch):
   root, _, configs = compared
 
-  def broken(config):
+  def broken(config, programs):
     raise InputError("no more of this")
 
   monkeypatch.setattr(job, "run", broken)

@@ -115,8 +115,33 @@ def test_runs_share_rounds_where_only_personal_models_differ(monkeypatch, tmp_pa
   )
   shared = {"rho": "all", "few": "all", "rho, peer": "peer", "ft": "knn", "fedavg": "knn"}
   assert whose == dict.fromkeys(whose, "") | shared
-  assert list(whose)[:2] == ["all", "seed"]  # of one program
+  assert list(whose)[:3] == ["all", "curve", "seed"]  # of one program
   assert set(list(whose)[-len(shared) :]) == set(shared)  # once their rounds are there
+
+
+def test_another_seed_compiles_nothing_and_has_the_numbers_that_it_has_alone(tmp_path):
+  def config(name, seed, rate):
+    small = {
+      "num_clients": 6,
+      "alpha": 0.5,
+      "monopolistic_classes": 1,
+      "drop_rate": "0.5",
+      "rounds": 3,
+      "local_steps": 3,
+    }
+    small |= {"personal_steps": 5, "pooled_examples": 40, "checkpoint_every": 0, "progress": False, "report": False}
+    return Config(
+      "ditto", dataset="fast", model="mlp", seed=seed, learning_rate=rate, workdir=f"{tmp_path}/{name}", **small
+    )
+
+  programs = job.Programs()
+  job.run(config("first", 1, 0.05), programs)
+  job.run(config("second", 2, 0.1), programs)
+  job.run(config("alone", 2, 0.1))
+  read = lambda name, file: (tmp_path / name / file).read_text()
+  assert all(json.loads(line)["compilations"] == 0 for line in read("second", "timings.jsonl").splitlines())
+  for file in ("metrics.jsonl", "clients.csv"):
+    assert read("second", file) == read("alone", file) != read("first", file)
 
 
 def test_it_says_how_far_it_is(computed, tmp_path, capsys):
