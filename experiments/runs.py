@@ -69,7 +69,8 @@ def run(root: str | Path, configs: Mapping[str, Config]) -> Outcome:
   # Those that others share come first, or two processes would both compute the rounds.
   compiled = {name: frozenset(config.program_identity()) for name, config in placed.items()}
   order = list(dict.fromkeys(compiled.values()))
-  todo = sorted(placed, key=lambda name: (firsts[identities[name]] != name, order.index(compiled[name])))
+  later = {name for name, identity in identities.items() if identity and firsts[identity] != name}
+  todo = sorted(placed, key=lambda name: (name in later, order.index(compiled[name])))
   programs = job.Programs()
   while todo:
     taken = []

@@ -115,7 +115,7 @@ def test_runs_share_rounds_where_only_personal_models_differ(monkeypatch, tmp_pa
   )
   shared = {"rho": "all", "few": "all", "rho, peer": "peer", "ft": "knn", "fedavg": "knn"}
   assert whose == dict.fromkeys(whose, "") | shared
-  assert list(whose)[:3] == ["all", "curve", "seed"]  # of one program
+  assert list(whose)[:4] == ["all", "curve", "curve, rho", "seed"]  # of one program
   assert set(list(whose)[-len(shared) :]) == set(shared)  # once their rounds are there
 
 
@@ -129,7 +129,14 @@ def test_another_seed_compiles_nothing_and_has_the_numbers_that_it_has_alone(tmp
       "rounds": 3,
       "local_steps": 3,
     }
-    small |= {"personal_steps": 5, "pooled_examples": 40, "checkpoint_every": 0, "progress": False, "report": False}
+    small |= {
+      "local_steps": 3,
+      "personal_steps": 5,
+      "pooled_examples": 40,
+      "checkpoint_every": 0,
+      "progress": False,
+      "report": False,
+    }
     return Config(
       "ditto", dataset="fast", model="mlp", seed=seed, learning_rate=rate, workdir=f"{tmp_path}/{name}", **small
     )
