@@ -12,8 +12,9 @@ the runs that read the table do not. From a local folder nothing is downloaded.
 
 import hashlib
 import importlib.util
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,13 @@ _BATCH = 64  # texts at a time
 
 
 def embed(
-  kind: str, class_names: Sequence[str], *, model: str = "", revision: str = "", templates: Sequence[str] = ()
+  kind: str,
+  class_names: Sequence[str],
+  *,
+  model: str = "",
+  revision: str = "",
+  templates: Sequence[str] = (),
+  descriptions: Mapping[str, str] | None = None,
 ) -> semantics.TextTable:
   """The table of some class names.
 
@@ -48,9 +55,11 @@ def embed(
     model: folder, or name on the hub; empty for the kind's usual one.
     revision: of a model on the hub; empty for its newest.
     templates: prompts in which {} is the name; empty for the kind's usual one.
+    descriptions: a text for each class, to stand in the place of its name; None for the names.
 
   Raises:
-    InputError: transformers or torch is missing, no such model, no weights as safetensors, or a template without {}.
+    InputError: transformers or torch is missing, no such model, no weights as safetensors, a template without {}, or a
+      class without a description.
   """
   if kind not in semantics.TEXT_KINDS:
     raise InputError(f"kind: got {kind!r}, accepted are {', '.join(semantics.TEXT_KINDS)}")
@@ -58,6 +67,8 @@ def embed(
   for template in templates:
     if template.count("{}") != 1:
       raise InputError(f"templates: got {template!r}, accepted are texts with one {{}} for the name")
+  if descriptions is not None and (lacking := [name for name in class_names if not descriptions.get(name)]):
+    raise InputError(f"descriptions: got none of {', '.join(lacking)}, accepted is a text for each class")
   try:
     import torch
     import transformers
@@ -66,12 +77,23 @@ def embed(
       f"kind: {kind} needs the package {error.name}; install it with: pip install 'apfl_jax[text]'"
     ) from error
   folder, provenance = _found(model or _usual(kind), revision)
-  names = [_spoken(name) for name in class_names]
+  names = [descriptions[name] if descriptions else _spoken(name) for name in class_names]
   texts = [template.replace("{}", name) for template in templates for name in names]
   rows = _encode(kind, folder, texts).reshape(len(templates), len(names), -1).mean(0)
   made_with = {"transformers": transformers.__version__, "torch": torch.__version__}
   provenance |= {"kind": kind, "templates": list(templates), "names_in_texts": names, "made_with": made_with}
   return semantics.TextTable(rows.astype(np.float16), tuple(class_names), provenance)
+
+
+def described(path: str) -> dict[str, str]:
+  """Descriptions from a file. Raises InputError."""
+  try:
+    found = json.loads(Path(path).expanduser().read_text())
+  except (OSError, ValueError) as error:
+    raise InputError(f"descriptions: {path} cannot be read as JSON ({error})") from error
+  if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+    raise InputError(f'descriptions: got another content of {path}, accepted is {{"class name": "text", ...}}')
+  return found
 
 
 def _spoken(name: str) -> str:
@@ -196,7 +218,10 @@ def main(arguments: Sequence[str]) -> None:
   if output.suffix != ".npz":
     raise InputError(f"output: got {said.output!r}, accepted is the name of a file that ends with .npz")
   templates = [template.strip() for template in said.templates.split("|") if template.strip()]
-  table = embed(said.kind, names, model=said.model, revision=said.revision, templates=templates)
+  descriptions = described(said.descriptions) if said.descriptions else None
+  table = embed(
+    said.kind, names, model=said.model, revision=said.revision, templates=templates, descriptions=descriptions
+  )
   output.parent.mkdir(parents=True, exist_ok=True)
   semantics.write_table(output, table)
   print(f"{output}: {len(names)} classes, {table.rows.shape[1]} numbers each")
@@ -211,6 +236,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("model", "", "folder, or name on the Hugging Face hub; empty for the kind's usual one")
   flags.DEFINE_string("revision", "", "of a model on the hub; empty for its newest")
   flags.DEFINE_string("templates", "", "prompts with {} for the name, joined by |; empty for the kind's usual one")
+  flags.DEFINE_string("descriptions", "", "JSON file of texts in the place of names, see experiments/descriptions")
   flags.DEFINE_string("output", "", "the table's file, a value of --embeddings; empty for its place in the package")
   os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
   config.main(main)

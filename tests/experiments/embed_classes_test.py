@@ -6,6 +6,7 @@ Needs the extra `text` (torch and transformers) but for the tests of bad input.
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +87,28 @@ def test_bert_is_the_mean_over_tokens_then_templates(libraries, bert, kind):
   assert len(np.unique(table.rows, axis=0)) == 4
 
 
+def test_a_description_stands_in_the_place_of_a_name(libraries, bert):
+  descriptions = dict(zip(_NAMES, ("a big red house", "a small cat", "a house", "a cat"), strict=True))
+  table = embed_classes.embed("bert", _NAMES, model=str(bert), descriptions=descriptions)
+  expected = [_bert_alone(libraries, bert, descriptions[name]) for name in _NAMES]
+  np.testing.assert_allclose(table.rows, expected, atol=2e-3)
+  assert table.class_names == _NAMES and table.provenance["names_in_texts"] == list(descriptions.values())
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"cat": 1}', "{"])
+def test_descriptions_are_texts_by_class(tmp_path, content):
+  (tmp_path / "file.json").write_text(content)
+  with pytest.raises(InputError, match="descriptions"):
+    embed_classes.described(str(tmp_path / "file.json"))
+
+
+def test_described_sets_name_their_classes():
+  for name in ("fashion_mnist", "cifar10"):
+    file = Path(embed_classes.__file__).with_name("descriptions") / f"{name}.json"
+    table = semantics.read_table(semantics.table_path(name, "minilm"))
+    assert tuple(embed_classes.described(str(file))) == table.class_names
+
+
 def test_clip_is_the_text_tower_of_the_whole_model(libraries, clip):
   torch, transformers = libraries
   table = embed_classes.embed("clip", _NAMES, model=str(clip))
@@ -152,6 +175,7 @@ def test_bad_input_is_one_line_and_exit_code_2():
   [
     ("glove", {}, "accepted are minilm, bert, clip"),
     ("bert", {"templates": ("a photo",)}, "one {} for the name"),
+    ("bert", {"descriptions": dict.fromkeys(_NAMES[1:], "a thing")}, f"got none of {_NAMES[0]}"),
   ],
 )
 def test_settings_are_checked_first(kind, options, said):
