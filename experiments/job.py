@@ -186,9 +186,17 @@ def prepare(
   if like and config.clock == "rounds" and config.program_identity() == like.config.program_identity():
     of_it = like._replace(config=config, dataset=dataset, verified=verified)
     return of_it._replace(federation=federation, inputs=inputs, gone=gone)
-  server = jax.eval_shape(lambda i: build(i.settings)[0].init(jax.random.key(0)), inputs)
   masked = (config.softmax_mask, config.readout) != ("none", "plain")
-  traffic = simulation.traffic(build, inputs, server, num_classes if masked else 0)
+  # First of all: what follows reads the method's functions.
+  shapes = simulation.outline(
+    build,
+    inputs,
+    num_classes,
+    population_size=config.num_clients,
+    cohort_size=1 if config.clock == "asynchronous" else config.cohort_size or config.num_clients,
+    offsets=masked,
+  )
+  traffic = simulation.traffic(build, inputs, shapes.server, num_classes if masked else 0)
   made = replayed or _schedule(config, build, task, inputs, traffic)
   clock = simulation.batches.plan(made, batch_width) if made else None
   if made:
@@ -209,6 +217,7 @@ def prepare(
     readout=config.readout,
     how=config.client_map,
     mesh=mesh,
+    shapes=shapes,
   )
   return Job(config, dataset, verified, federation, inputs, build, task, simulator, gone, traffic, clock)
 

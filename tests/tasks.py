@@ -1,7 +1,7 @@
 """The `fast` task among a few clients, with any method of the registry: what the tests of whole rounds share."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from apfl_jax import algorithms, data, nn, population, semantics, simulation
 from apfl_jax.simulation import Inputs, RoundMetrics, Scores, Simulator
-from apfl_jax.types import Algorithm, LocalSGD, Process, PyTree, Span, State, Task
+from apfl_jax.types import Algorithm, Data, Download, Federation, LocalSGD, Process, PyTree, Span, State, Task, Visit
 
 NUM_CLIENTS, COHORT_SIZE, CHUNK = 6, 4, 5
 ROUNDS = 10  # what schedules are told, however many are run
@@ -146,6 +146,49 @@ def personal(simulator: Simulator, state: State, inputs: Inputs) -> Scores:
   """All clients' personal models, scored."""
   rows = inputs.federation.id.shape[0]
   return simulator.score_personal(state, inputs, jnp.arange(rows), jnp.ones(rows, bool))
+
+
+def first_visit(
+  algorithm: Algorithm,
+  federation: Federation,
+  keys: Sequence[Any],
+  work: Any = 1.0,
+  call: Callable[..., Any] = lambda function, *arguments: function(*arguments),
+) -> tuple[PyTree, tuple, tuple]:
+  """The first client's, without the engine.
+
+  Args:
+    algorithm: the method.
+    federation: who holds what.
+    keys: of `init`, `init_client` and `local_update`.
+    work: the share of its steps that the client does.
+    call: (function, *arguments) -> result, what calls the method's functions.
+
+  Returns:
+    (the server, the arguments of `local_update`, what it returns)
+  """
+  server = call(algorithm.init, keys[0])
+  download = call(algorithm.download, server)
+  download = Download(download.shared, jax.tree.map(lambda x: x[0], download.own))
+  client = call(algorithm.init_client, download, keys[1])
+  data = Data(federation.store, *(Span(s.start[0], s.size[0]) for s in (federation.train, federation.validation)))
+  zero = jnp.int32(0)
+  arguments = download, client, data, Visit(zero, zero, zero, zero, jnp.float32(work), zero), keys[2]
+  return server, arguments, call(algorithm.local_update, *arguments)
+
+
+def ignored(build: Callable[[PyTree], Algorithm], inputs: Inputs) -> list[str]:
+  """What makes no difference to a client's visit: its 'key' (then its batches are always the same), half the 'work'."""
+
+  @jax.jit
+  def visit(inputs, key, work):
+    keys = jax.random.key(0), jax.random.key(1), key
+    return first_visit(build(inputs.settings), inputs.federation, keys, work)[-1]
+
+  usual = visit(inputs, jax.random.key(2), 1.0)
+  others = {"key": visit(inputs, jax.random.key(3), 1.0), "work": visit(inputs, jax.random.key(2), 0.5)}
+  same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+  return [name for name, other in others.items() if same(usual, other)]
 
 
 def on_host(tree: PyTree) -> PyTree:

@@ -3,6 +3,7 @@
 from apfl_jax.simulation import batches, schedule
 from apfl_jax.simulation.chunks import Chunks
 from apfl_jax.simulation.client_map import client_map, default_mesh, executed_steps, resolve, spread
+from apfl_jax.simulation.contract import Outline, outline
 from apfl_jax.simulation.cost import Cost, PerClient, Prices, cost, cost_per_client, prices, traffic
 from apfl_jax.simulation.memory import MemoryPlan, check, peak_resident_bytes, plan
 from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Scores, Simulator, simulator
@@ -17,6 +18,7 @@ __all__ = [
   "Cost",
   "Inputs",
   "MemoryPlan",
+  "Outline",
   "PerClient",
   "Prices",
   "Record",
@@ -34,6 +36,7 @@ __all__ = [
   "cost_per_client",
   "default_mesh",
   "executed_steps",
+  "outline",
   "peak_memory_bytes",
   "peak_resident_bytes",
   "plan",

@@ -17,6 +17,7 @@ from apfl_jax.settings import Limits, checked
 from apfl_jax.simulation.batches import Batches, Cohort, Layout, blank_batches
 from apfl_jax.simulation.client_map import client_map, lanes_of, resolve
 from apfl_jax.simulation.cohort import draw_cohort
+from apfl_jax.simulation.contract import Outline, outline
 from apfl_jax.types import (
   Algorithm,
   Array,
@@ -153,6 +154,7 @@ def simulator(
   readout: str = "plain",
   how: str = "auto",
   mesh: Mesh | None = None,
+  shapes: Outline | None = None,
 ) -> Simulator:
   """Makes the compiled functions of a simulation.
 
@@ -172,15 +174,24 @@ def simulator(
       own test examples; those for pooled ones do not.
     how: see `client_map.resolve`.
     mesh: see `client_map`.
+    shapes: of what the method returns; None to find them here.
 
   Raises:
-    InputError: another mask or read-out.
+    InputError: another mask or read-out, or a method that breaks the contract, see `outline`.
   """
   checked("softmax_mask", softmax_mask, str, Limits(choices=training.SOFTMAX_MASKS))
   checked("readout", readout, str, Limits(choices=training.READOUTS))
   alone = layout is not None and layout.alone
   if layout and softmax_mask == "present":
     raise InputError("softmax_mask: got 'present' on a virtual clock, accepted are none and own")
+  known = shapes or outline(
+    build,
+    inputs,
+    num_classes,
+    population_size=population_size,
+    cohort_size=1 if alone else cohort_size,
+    offsets=(softmax_mask, readout) != ("none", "plain"),
+  )
   over_clients = partial(client_map, how=how, mesh=mesh)
   kind, width = resolve(how)
   everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
@@ -222,8 +233,6 @@ def simulator(
     server = algorithm.init(random.key(inputs.seed, Purpose.SERVER))
     download = algorithm.download(server)
     rows = inputs.federation.id.shape[0]
-    # What a row holds before its client's first visit means nothing: only its shape is asked for.
-    client = jax.eval_shape(algorithm.init_client, _own(download, 0), jax.random.key(0))
     blank = lambda tree, count: jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), tree)
     like = jax.eval_shape(lambda x: x, download)
     if layout is not None and alone:
@@ -237,7 +246,7 @@ def simulator(
     return State(
       round=jnp.int32(0),
       server=server,
-      clients=blank(client, rows),
+      clients=blank(known.client, rows),  # what a row holds before its client's first visit means nothing
       times=jnp.zeros(rows, jnp.int32),
       population=population.start(process, inputs.seed),
       history=history,
@@ -522,10 +531,6 @@ def simulator(
     _, process = build(settings)
     return population.look(process, presence, now, jnp.arange(population_size), seed).present
 
-  def has_global_model(inputs):
-    algorithm, _ = build(inputs.settings)
-    return algorithm.global_model(algorithm.init(random.key(inputs.seed, Purpose.SERVER)))
-
   work = blank_batches(layout) if layout else np.int32(0)
 
   @functools.cache
@@ -555,7 +560,7 @@ def simulator(
     population_size=population_size,
     num_classes=num_classes,
     softmax_mask=softmax_mask,
-    has_global_model=jax.eval_shape(has_global_model, inputs) is not None,
+    has_global_model=known.global_model is not None,
   )
 
 
@@ -567,12 +572,8 @@ def _at(span: Span, row: Array) -> Span:
   return Span(span.start[row], span.size[row])
 
 
-def _own(download: Download, id: int) -> Download:
-  return Download(download.shared, jax.tree.map(lambda x: x[id], download.own))
-
-
 def _finite(tree: PyTree) -> Array:
   """Whether all numbers are finite: 0 * x is NaN where x is not. Sums run along rows first, which is fast."""
-  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  leaves = [x for x in map(jnp.asarray, jax.tree.leaves(tree)) if jnp.issubdtype(x.dtype, jnp.inexact)]
   zeros = [jnp.sum(jnp.sum(0 * x, axis=0)) if x.ndim else 0 * x for x in leaves]
   return jnp.isfinite(sum(x.astype(jnp.float32) for x in zeros)) if zeros else jnp.bool_(True)

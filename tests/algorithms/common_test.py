@@ -7,7 +7,7 @@ import pytest
 
 from apfl_jax import metrics, simulation
 from apfl_jax.algorithms import METHODS, WRAPPERS
-from apfl_jax.types import Data, Download, Received, Span, Visit
+from apfl_jax.types import Received
 from tests import tasks
 
 pytestmark = pytest.mark.parametrize("name", [*METHODS, *(f"fedavg|{wrapper}" for wrapper in WRAPPERS)])
@@ -69,14 +69,8 @@ def _trace(name, call):
   algorithm, _ = tasks.build(name, tasks.NUM_CLIENTS, inputs.settings)
 
   def everything(federation, *keys):
-    server = call(algorithm.init, keys[0])
-    download = call(algorithm.download, server)
-    download = Download(download.shared, jax.tree.map(lambda x: x[0], download.own))
-    client = call(algorithm.init_client, download, keys[1])
-    data = Data(federation.store, *(Span(s.start[0], s.size[0]) for s in (federation.train, federation.validation)))
-    zero = jnp.int32(0)
-    visit = Visit(zero, zero, zero, zero, jnp.float32(1.0), zero)
-    client, upload = call(algorithm.local_update, download, client, data, visit, keys[2])
+    server, arguments, (client, upload) = tasks.first_visit(algorithm, federation, keys, call=call)
+    download, _, data, visit, _ = arguments
     kept = jax.tree.map(lambda x: x[None], upload.kept)
     one = jnp.zeros(1, jnp.int32)
     received = Received(upload.update, upload.weight, kept, one, one == 0, one)
@@ -101,6 +95,10 @@ def test_functions_leave_their_arguments_alone(name):
 
   server, after = _trace(name, untouched)
   assert after == server
+
+
+def test_a_visit_hangs_on_its_key_and_its_share_of_work(name):
+  assert not tasks.ignored(lambda settings: tasks.build(name, tasks.NUM_CLIENTS, settings)[0], tasks.inputs(name))
 
 
 def test_keys_from_folding_are_not_keys_from_splitting(name, monkeypatch):

@@ -22,15 +22,16 @@ def _recorder(settings: PyTree) -> Any:
   def predict(model, images):
     return Prediction(jnp.broadcast_to(model, (len(images), CLASSES)), jnp.zeros((len(images), 1)))
 
+  offset = lambda data: jnp.zeros(CLASSES) if data.logit_offset is None else data.logit_offset
   algorithm = Algorithm(
     init=lambda key: jnp.float32(0),
     download=lambda server: Download(shared=server),
-    local_update=lambda download, client, data, visit, key: (data.logit_offset, Upload(0.0 * visit.work, visit.work)),
+    local_update=lambda download, client, data, visit, key: (offset(data), Upload(0.0 * visit.work, visit.work)),
     aggregate=lambda server, received, key: server + received.total,
     predict=predict,
     global_model=lambda server: jnp.zeros(CLASSES) + server,
     init_client=lambda download, key: jnp.zeros(CLASSES),
-    personalize=lambda download, client, data, visit, key: (data.logit_offset > -jnp.inf) * 100.0 * jnp.arange(CLASSES),
+    personalize=lambda download, client, data, visit, key: (offset(data) > -jnp.inf) * 100.0 * jnp.arange(CLASSES),
   )
   return algorithm, tasks.build("fedavg", N, settings)[1]
 

@@ -1,0 +1,231 @@
+"""A method held against the contract, `types.Algorithm`: once through a round, on shapes alone, before it is compiled.
+
+JAX would notice most breaches too, but inside the engine, where its messages name nothing that the method's author
+wrote; and some not at all: a client state of another dtype would be cast into its row.
+"""
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from apfl_jax.errors import InputError
+from apfl_jax.types import Algorithm, Data, Download, Prediction, Process, PyTree, Received, Span, Upload, Visit
+
+_TAKES = {
+  "init": "(key)",
+  "download": "(server)",
+  "init_client": "(download, key)",
+  "local_update": "(download, client, data, visit, key)",
+  "aggregate": "(server, received, key)",
+  "global_model": "(server)",
+  "personalize": "(download, client, data, visit, key)",
+  "predict": "(model, images)",
+  "describe": "(model)",
+}
+_UNKNOWN = (  # until the program runs
+  jax.errors.ConcretizationTypeError,
+  jax.errors.NonConcreteBooleanIndexError,
+  jax.errors.TracerArrayConversionError,
+  jax.errors.TracerIntegerConversionError,
+)
+
+
+class Outline(NamedTuple):
+  """Shapes of what a method's functions return.
+
+  Attributes:
+    server: of `init`.
+    client: of `init_client`.
+    global_model: of `global_model`, or None.
+  """
+
+  server: PyTree
+  client: PyTree
+  global_model: PyTree
+
+
+def outline(
+  build: Callable[[PyTree], tuple[Algorithm, Process]],
+  inputs: Any,
+  num_classes: int,
+  *,
+  population_size: int,
+  cohort_size: int,
+  offsets: bool = False,
+) -> Outline:
+  """Traces the functions of a method in the order of a round; nothing is compiled or computed.
+
+  What fails inside a function for reasons of its own fails with its own error.
+
+  Args:
+    build: as of the simulator.
+    inputs: as of the simulator.
+    num_classes: C.
+    population_size: N.
+    cohort_size: K, uploads that `aggregate` gets.
+    offsets: whether clients' data have a `logit_offset`.
+
+  Raises:
+    InputError: a function takes or returns something else than the contract says, or is not a function of its
+      arguments; with its name behind that of the function in which it was written.
+  """
+
+  def once(inputs: Any) -> Outline:
+    with _readable("method"):
+      algorithm, _ = build(inputs.settings)
+    if not isinstance(algorithm, Algorithm):
+      raise InputError(f"method: got {_spec(algorithm)}, accepted is an Algorithm")
+    call, refused = partial(_call, algorithm), partial(_refused, algorithm)
+    store, key, zero = inputs.federation.store, jax.random.key(0), jnp.int32(0)
+
+    server = call("init", key)
+    download = call("download", server)
+    if not isinstance(download, Download):
+      raise refused("download", f"returns {_spec(download)}", "Download(shared) or Download(shared, own)")
+    for path, rows in jax.tree.leaves_with_path(download.own):
+      if rows.shape[:1] != (population_size,):
+        accepted = f"a row for each of N clients, [{population_size}, ...]"
+        raise refused("download", f"own{jax.tree_util.keystr(path)} is {_spec(rows)}", accepted)
+    download = Download(download.shared, jax.tree.map(lambda x: x[0], download.own))
+
+    client = call("init_client", download, key)
+    span, offset = Span(zero, zero), jnp.zeros(num_classes) if offsets else None
+    visit = Visit(id=zero, round=zero, times=zero, staleness=zero, work=jnp.float32(1), wait=zero)
+    circumstances = Data(store, span, span, offset), visit, key
+    result = call("local_update", download, client, *circumstances)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Upload)):
+      raise refused("local_update", f"returns {_spec(result)}", "(client, Upload(update, weight))")
+    after, upload = result
+    if difference := _difference("client", client, after, "a visit"):
+      raise refused("local_update", difference, "the same structure, shapes and dtypes")
+    if _spec(upload.weight) != "float32 []":
+      raise refused("local_update", f"upload.weight is {_spec(upload.weight)}", "float32 []")
+
+    each = jnp.zeros(cohort_size, jnp.int32)
+    received = Received(
+      total=jax.tree.map(lambda u: upload.weight * u, upload.update),
+      weight=upload.weight,
+      kept=jax.tree.map(lambda x: jnp.broadcast_to(x, (cohort_size, *x.shape)), upload.kept),
+      ids=each,
+      arrived=each == 0,
+      staleness=each,
+    )
+    after = call("aggregate", server, received, key)
+    if difference := _difference("server", server, after, "a round"):
+      raise refused("aggregate", difference, "the same structure, shapes and dtypes")
+
+    shared = call("global_model", server)
+    personal = call("personalize", download, client, *circumstances)
+    # Not as many as classes, so that one is not taken for the other.
+    images = jnp.zeros((num_classes + 1, *store.images.shape[1:]))
+    if shared is not None:
+      _predicted(algorithm, "global_model", shared, images, num_classes)
+    _predicted(algorithm, "personalize", personal, images, num_classes)
+    described = call("describe", personal)
+    if not isinstance(described, dict):
+      raise refused("describe", f"returns {_spec(described)}", "a dict, name -> array")
+    return Outline(server, client, shared)
+
+  traced, shapes = jax.make_jaxpr(once, return_shape=True)(inputs)
+  for value in traced.consts:
+    if isinstance(value, jax.core.Tracer):
+      found = f"a function reads {_spec(value)} that another call has left behind"
+      raise InputError(f"method: {found}, accepted is what comes through its arguments")
+  return shapes
+
+
+def _predicted(algorithm: Algorithm, maker: str, model: PyTree, images: jax.Array, num_classes: int) -> None:
+  """Refuses a model for which `predict` has no Prediction of a batch."""
+  try:
+    prediction = _call(algorithm, "predict", model, images)
+  except InputError:
+    raise
+  except Exception as error:
+    said, *_ = f"{type(error).__name__}: {error}".splitlines()
+    raise _refused(algorithm, maker, f"its model fails in {_where(error)} ({said})", "what predict takes") from error
+  if not isinstance(prediction, Prediction):
+    raise _refused(algorithm, "predict", f"returns {_spec(prediction)}", "Prediction(logits, features)")
+  for name, width in (("logits", num_classes), ("features", None)):
+    found = getattr(prediction, name)
+    floats = isinstance(found, jax.Array) and jnp.issubdtype(found.dtype, jnp.floating) and found.ndim == 2
+    if not floats or found.shape != (len(images), width or found.shape[1]):
+      accepted = f"float [B, {'C' if width else 'F'}], here float32 [{len(images)}, {width or 'F'}]"
+      raise _refused(algorithm, "predict", f"{name} are {_spec(found)}", accepted)
+
+
+def _call(algorithm: Algorithm, field: str, *arguments: PyTree) -> Any:
+  """What a function returns, traced apart from the others."""
+  function = getattr(algorithm, field)
+  if not callable(function):
+    raise _refused(algorithm, field, f"is {_spec(function)}", f"a function {_TAKES[field]}")
+  signature = inspect.signature(function)
+  try:
+    signature.bind(*arguments)
+  except TypeError as error:
+    raise _refused(algorithm, field, f"takes {signature}", _TAKES[field]) from error
+
+  @jax.jit
+  def traced(*arguments):
+    result = function(*arguments)
+    for path, leaf in jax.tree.leaves_with_path(result):
+      if not isinstance(leaf, get_args(jax.typing.ArrayLike)):
+        place = jax.tree_util.keystr(path)
+        raise _refused(algorithm, field, f"returns {_spec(leaf)}{place and f' at {place}'}", "a pytree of arrays")
+    return result
+
+  with _readable(f"{_maker(function)}: {field}"):
+    return traced(*arguments)
+
+
+@contextmanager
+def _readable(who: str) -> Iterator[None]:
+  """What tracing refuses, in one line."""
+  try:
+    yield
+  except _UNKNOWN as error:
+    found = f"{_where(error)} asks for a number that is known only when the program runs"
+    accepted = "jnp.where, jax.lax.cond and the like; settings that are whole numbers, bools or texts are known"
+    raise InputError(f"{who}: {found}, accepted are {accepted}") from error
+
+
+def _refused(algorithm: Algorithm, field: str, found: str, accepted: str) -> InputError:
+  return InputError(f"{_maker(getattr(algorithm, field))}: {field}: {found}, accepted is {accepted}")
+
+
+def _maker(function: Any) -> str:
+  """The name of the method, wrapper or other function in which a function was written."""
+  while isinstance(function, partial):
+    function = function.func
+  return getattr(function, "__qualname__", "method").partition(".")[0]
+
+
+def _where(error: Exception) -> str:
+  """The last line outside JAX."""
+  inside = str(Path(jax.__file__).parent)
+  frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(inside)]
+  return f"line {frames[-1].lineno} of {Path(frames[-1].filename).name}"
+
+
+def _difference(name: str, before: PyTree, after: PyTree, what: str) -> str:
+  """The first place in which a pytree is another one after `what`; '' where there is none."""
+  specs = lambda tree: {jax.tree_util.keystr(path): _spec(x) for path, x in jax.tree.leaves_with_path(tree)}
+  old, new = specs(before), specs(after)
+  for path in old | new:
+    if old.get(path) != new.get(path):
+      return f"{name}{path} is {new.get(path, 'missing')} after {what} and {old.get(path, 'missing')} before"
+  old, new = jax.tree.structure(before), jax.tree.structure(after)
+  return f"{name} is {new} after {what} and {old} before" if old != new else ""
+
+
+def _spec(x: Any) -> str:
+  """What something is, in a word or two."""
+  if isinstance(x, jax.Array):
+    return f"{x.dtype} {list(x.shape)}"
+  return "None" if x is None else f"tuple of {len(x)}" if type(x) is tuple else type(x).__name__
