@@ -37,7 +37,7 @@ from experiments.config import Config
 from experiments.criteria import FAILS, Row, Values, Variant, decide, line, of, paired
 from experiments.methods import parse_seeds
 
-_GIVEN = ("algorithm", "seed", "workdir", "trace")  # fields of a run that the parts decide
+_GIVEN = ("algorithm", "seed", "workdir", "trained", "trace")  # that the parts decide
 
 
 class Done(NamedTuple):

@@ -35,7 +35,7 @@ from experiments.criteria import (
 )
 from experiments.methods import parse_seeds
 
-_GIVEN = ("algorithm", "seed", "workdir")  # fields of a run that the claims decide
+_GIVEN = ("algorithm", "seed", "workdir", "trained")  # fields of a run that the claims decide
 
 
 class Scale(NamedTuple):
@@ -73,7 +73,7 @@ def make(variant: Variant, seed: int, scale: str, given: Mapping[str, Any]) -> C
 def plan(
   ids: Iterable[str], seeds: Sequence[int], scale: str, given: Mapping[str, Any]
 ) -> tuple[dict[str, Config], dict[str, tuple[Variant, int]]]:
-  """(the runs of some claims by name, the variant and the seed of each); each is there once, all on a seed first."""
+  """(the runs of some claims by name, the variant and the seed of each); each is there once."""
   variants = list(dict.fromkeys(v for id in ids for v in CLAIMS[id].variants if not missing(v)))
   names = {f"{told(variant)}-{seed}": (variant, seed) for seed in seeds for variant in variants}
   return {name: make(variant, seed, scale, given) for name, (variant, seed) in names.items()}, names

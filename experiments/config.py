@@ -35,7 +35,7 @@ _OF_A_SCHEDULE = (
 _NOT_OF_A_RUN = ("workdir", "progress", "report", "data_on", "client_state", "memory_limit")
 # What examples there are, and when something is scored or kept: no program knows.
 _NOT_OF_A_PROGRAM = (
-  *("data_dir", "examples_per_client", "partition", "classes_per_client", "clusters", "min_size", "dropped_examples"),
+  *("examples_per_client", "partition", "classes_per_client", "clusters", "min_size", "dropped_examples"),
   *("monopolistic_classes", "pooled_examples", "drop_rate", "trace", "seed"),
   *("eval_every", "eval_clients", "personalize_every", "checkpoint_every", "judge"),
 )
@@ -301,9 +301,11 @@ class Config:
       return set()
     entry, own = algorithms.METHODS[self.algorithm], algorithms.settings(self.algorithm)
     personal = [f"{self.algorithm}_{name}" for name, setting in own.items() if setting.personal]
-    # Who never takes part brings nothing into a round.
-    cold = set(self.processes[0]) == {"cold"}
-    after = [*_AFTER_ROUNDS, *(["dropped_examples"] if cold else []), *personal, "algorithm"]
+    # Who never takes part brings nothing into a round, but into a pool, a clock's schedule and its own read-out.
+    apart = (
+      set(self.processes[0]) == {"cold"} and self.clock == "rounds" and self.readout == "plain" and not entry.pools
+    )
+    after = [*_AFTER_ROUNDS, *(["dropped_examples"] if apart else []), *personal, "algorithm"]
     return _without(self.lines(), [*_NOT_OF_A_RUN, *after]) | {f"--algorithm={entry.rounds_of or self.algorithm}"}
 
 

@@ -183,7 +183,17 @@ def prepare(
     },
     held_out=held_out,
   )
-  if like and config.clock == "rounds" and config.program_identity() == like.config.program_identity():
+  shapes_of = lambda inputs, dataset: (
+    jax.tree.map(jnp.shape, inputs.settings),
+    len(dataset.class_names),
+    dataset.images.shape[1:],
+  )
+  if (
+    like
+    and config.clock == "rounds"
+    and config.program_identity() == like.config.program_identity()
+    and shapes_of(inputs, dataset) == shapes_of(like.inputs, like.dataset)
+  ):
     of_it = like._replace(config=config, dataset=dataset, verified=verified)
     return of_it._replace(federation=federation, inputs=inputs, gone=gone)
   masked = (config.softmax_mask, config.readout) != ("none", "plain")
@@ -269,7 +279,7 @@ def _schedule(
 
 
 class Programs:
-  """The last job that was run with these; a next one of the same program compiles nothing."""
+  """The last job that was run with these; for a next one of the same program no rounds and no scores are compiled."""
 
   job: Job | None = None
 
@@ -347,6 +357,8 @@ def _trained(config: Config) -> Path | None:
   if not config.trained:
     return None
   there = Path(config.trained)
+  if jax.process_count() > 1:
+    raise InputError(f"trained: got {there} with several processes that share a run; accepted is one")
   if not (there / "summary.json").is_file() or not (there / "flags.txt").is_file():
     raise InputError(f"trained: {there} holds no finished run, accepted is the directory of one")
   needed = config.rounds_identity()
@@ -368,7 +380,8 @@ def _agree(config: Config) -> None:
   """Of several processes that share a run, all have the same settings; or all end with InputError, none waits."""
   if jax.process_count() == 1:
     return
-  mine = np.frombuffer(hashlib.sha256("\n".join(sorted(config.identity())).encode()).digest(), np.uint8)
+  told = [*sorted(config.identity()), config.trained]
+  mine = np.frombuffer(hashlib.sha256("\n".join(told).encode()).digest(), np.uint8)
   others = multihost_utils.process_allgather(mine).reshape(-1, len(mine))
   differing = [str(number) for number, other in enumerate(others) if (other != others[0]).any()]
   if differing:
@@ -694,6 +707,7 @@ def _summary(
     "device": f"{devices} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
     "versions": versions(),
     "commit": commit(),
+    "rounds_of": Path(config.trained).name if config.trained else None,
     "finished": True,
   }
 

@@ -25,7 +25,7 @@ from apfl_jax.report import html, plots, tables
 from experiments import config, runs
 from experiments.config import Config
 
-_GIVEN = ("algorithm", "seed", "workdir")  # fields of a run that the comparison decides
+_GIVEN = ("algorithm", "seed", "workdir", "trained")  # fields of a run that the comparison decides
 _ROOT = Path(__file__).parents[1]
 _MARKERS = "<!-- methods: python -m experiments.methods --readme -->\n", "<!-- end of methods -->\n"
 _COMPARED = ("own: all", "pooled: personal")  # in pairs
@@ -129,7 +129,7 @@ def compare(
 
 
 def plan(methods: Iterable[str], seeds: Iterable[int], make: Callable[[str, int], Config]) -> dict[str, Config]:
-  """The runs by name, all methods on one seed before the next; `make` is (method, seed) -> its settings."""
+  """The runs by name; `make` is (method, seed) -> its settings."""
   methods = list(methods)
   return {f"{method}-{seed}": make(method, seed) for seed in seeds for method in methods}
 

@@ -2,14 +2,15 @@
 
 The same command goes on where it was stopped. Runs that differ in nothing but what personal models read share their
 rounds, and those of one program, as with other seeds, come one after another and compile it once; neither changes a
-number. Several processes may work on one root at once, on the cores of a machine or on
-machines that share the folder: each takes the next run that is neither finished nor taken.
+number. Several processes may work on one root at once, on the cores of a machine or on machines that share the folder:
+each takes the next run that is neither finished nor taken.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import gc
+import json
 import os
 import socket
 import statistics
@@ -88,7 +89,7 @@ def run(root: str | Path, configs: Mapping[str, Config]) -> Outcome:
               settled = len(summaries) + len(failed)
               print(f"[{settled + 1} of {len(placed)}] {name}{_left(seconds, placed, settled)}", file=sys.stderr)
             same = [placed[other] for other, identity in identities.items() if identity == identities[name] != set()]
-            if programs.job and programs.job.config.program_identity() != compiled[name]:
+            if programs.job and (config.clock != "rounds" or programs.job.config.program_identity() != compiled[name]):
               _forget(programs)
             summary = job.run(_sharing(config, same), programs)
             seconds.append(time.perf_counter() - start)
@@ -138,11 +139,13 @@ def _forget(programs: job.Programs) -> None:
 
 
 def _sharing(config: Config, others: Iterable[Config]) -> Config:
-  """With the rounds of a finished one of the others, if there is one."""
+  """With the rounds of a finished one of the others, if there is one that this very code made."""
   for other in others:
     there = Path(other.workdir)
     if (there / "summary.json").is_file() and (there / "checkpoints" / str(other.rounds)).is_dir():
-      return dataclasses.replace(config, trained=str(there))
+      found = json.loads((there / "summary.json").read_text())
+      if (found["commit"], found["versions"]) == (job.commit(), job.versions()):
+        return dataclasses.replace(config, trained=str(there))
   return config
 
 

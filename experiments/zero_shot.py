@@ -40,7 +40,8 @@ from experiments import config, job
 from experiments.config import Config
 
 TIERS = ("s0", "s1", "s2")
-_GIVEN = ("algorithm", "head", "embeddings", "seed", "workdir", "monopolistic_classes")  # the board decides
+# The board decides.
+_GIVEN = ("algorithm", "head", "embeddings", "seed", "workdir", "trained", "monopolistic_classes")
 _CONTROLS = ("onehot", "random")
 _EXAMPLES = 30  # of each class that a server judges a table and chooses a shift by
 _BLOCK = 500  # images a pass
@@ -94,10 +95,11 @@ def plan(number: int, first_seed: int, make: Callable[[int], Config]) -> Iterato
     InputError: there are not so many sets.
   """
   found: set[tuple[int, ...]] = set()
+  ready = None
   for seed in range(first_seed, first_seed + 20 * number):
     if len(found) == number:
       return
-    ready = job.prepare(make(seed))
+    ready = job.prepare(make(seed), like=ready)
     classes = tuple(np.flatnonzero(~_seen(ready)).tolist())
     if classes not in found and len(classes) == ready.config.monopolistic_classes:
       found.add(classes)
@@ -111,14 +113,15 @@ def _seen(ready: job.Job) -> np.ndarray:
   return held[~ready.gone].any(axis=0)
 
 
-def train(ready: job.Job, simulator: Any) -> Base:
-  """Runs a job's rounds and reads the features; `simulator` may be that of a job that differs in the seed alone.
+def train(ready: job.Job) -> Base:
+  """Runs a job's rounds and reads the features.
 
   Raises:
     InputError: the job is on a virtual clock, whose programs are made for one schedule.
   """
   if ready.clock is not None:
     raise InputError(f"clock: got {ready.config.clock!r}, accepted is rounds: sets of classes share one program")
+  simulator = ready.simulator
   inputs = simulator.place(ready.inputs)
   state = simulator.init(inputs)
   for start in range(0, ready.config.rounds, simulator.chunk):
@@ -153,7 +156,7 @@ def _features(ready: job.Job, server: PyTree) -> Base:
   return Base(_seen(ready), means, examples, test, logits, np.asarray(store.labels)[pooled])
 
 
-def kept(path: Path, ready: job.Job, simulator: Any) -> Base:
+def kept(path: Path, ready: job.Job) -> Base:
   """The base in a file, trained if it is not there.
 
   Raises:
@@ -165,7 +168,7 @@ def kept(path: Path, ready: job.Job, simulator: Any) -> Base:
       if str(found["identity"]) != identity:
         raise InputError(f"output: {path} was made with other settings, accepted is another folder, or the same flags")
       return Base(*(found[name] for name in Base._fields))
-  base = train(ready, simulator)
+  base = train(ready)
   with replacing(path) as temporary, open(temporary, "wb") as file:
     np.savez_compressed(file, allow_pickle=False, identity=np.array(identity), **base._asdict())
   return base
@@ -315,13 +318,11 @@ def _markdown(summary: list[dict[str, Any]], facts: dict[str, str], scoring: Sco
 def bases(
   root: Path, tier: str, jobs: Iterable[tuple[job.Job, tuple[int, ...]]]
 ) -> Iterator[tuple[str, job.Job, Base]]:
-  """The sets' names, jobs and bases, those that are not in files trained by one compiled program."""
-  simulator = None
+  """The sets' names, jobs and bases; those that are not in files are trained."""
   for ready, classes in jobs:
-    simulator = simulator or ready.simulator
     name = ", ".join(ready.dataset.class_names[c] for c in classes)
     start = time.perf_counter()
-    base = kept(root / f"{tier}-{ready.config.seed}.npz", ready, simulator)
+    base = kept(root / f"{tier}-{ready.config.seed}.npz", ready)
     print(f"{tier} {ready.config.seed}: {name}, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     yield name, ready, base
 

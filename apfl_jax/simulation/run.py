@@ -125,7 +125,7 @@ def run(
   chatty = progress and jax.process_index() == 0
   keeping = directory is not None and checkpoint_every > 0
   with Stopwatch() as first:
-    plan, advance = memory.plan(staging, rounds, keeping)
+    plan, advance = memory.plan(staging, rounds, keeping or trained is not None)
   memory.check(plan, simulator.population_size, memory_limit)
   on_start()
   if chatty:
@@ -137,7 +137,8 @@ def run(
   record = Record([], [], [], [], [])
   checkpoints = Checkpoints(directory / "checkpoints") if directory is not None and keeping else None
   found = checkpoints.restore(staging.shapes()[0]) if checkpoints else None
-  if trained and not found:
+  taken = trained is not None and not found
+  if trained and taken:
     found = _trained(trained, staging, rounds)
   if found:
     restored_state, snapshot, kept = found
@@ -146,11 +147,11 @@ def run(
     record = Record(**kept)
     on_record(record)
     if chatty:
-      of = f" of {trained}" if trained else ""
+      of = f" of {trained}" if taken else ""
       tqdm.write(f"going on from the checkpoint of round {int(state.round)}{of}", file=sys.stderr)
   else:
     state, inputs = staging.begin()
-  restored = len(record.timings)
+  restored = 0 if taken else len(record.timings)
   done = int(state.round)
   record.timings.append({"round": done, **first.read()})
 

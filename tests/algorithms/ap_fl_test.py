@@ -48,7 +48,7 @@ def at(share):
 
 def test_without_synthetic_data_it_is_fedavg_with_fine_tuning_at_lambda_one_and_the_global_model_at_zero():
   quiet = {"source": "none", "generator_steps": 0, "mask_softmax": False, "tier": "s0"}
-  own = simulator("ap_fl", beta=0.0, friend_steps=0, interpolation="fixed", **quiet)
+  own = simulator("ap_fl", beta=0.0, friend_steps=0, friend_start="global", interpolation="fixed", **quiet)
   state, _ = own.advance(own.init(at(1.0)), at(1.0), np.int32(ROUNDS))
   tuned = simulator("fedavg_ft")
   expected, _ = tuned.advance(tuned.init(at(0.0)), at(0.0), np.int32(ROUNDS))

@@ -86,7 +86,8 @@ def test_runs_share_rounds_where_only_personal_models_differ(monkeypatch, tmp_pa
     del programs
     workdir = Path(config.workdir)
     (workdir / "checkpoints" / ("" if config.trained else str(config.rounds))).mkdir(parents=True)
-    (workdir / "summary.json").write_text("{}")
+    made_by = {"commit": "another" if config.seed == 2 else job.commit(), "versions": job.versions()}
+    (workdir / "summary.json").write_text(json.dumps(made_by))
     whose[workdir.name] = Path(config.trained).name
     return {}
 
@@ -107,6 +108,14 @@ def test_runs_share_rounds_where_only_personal_models_differ(monkeypatch, tmp_pa
       "curve": dataclasses.replace(config(), personalize_every=5),
       "curve, rho": dataclasses.replace(config(rho=0.0), personalize_every=5),
       "seed": dataclasses.replace(config(), seed=1),
+      "code": dataclasses.replace(config(), seed=2),
+      "code, rho": dataclasses.replace(config(rho=0.0), seed=2),
+      "prior": dataclasses.replace(config(), readout="prior"),
+      "prior, few": dataclasses.replace(config(), readout="prior", dropped_examples=20),
+      "central": Config(algorithm="central"),
+      "central, few": Config(algorithm="central", dropped_examples=20),
+      "clock": Config(algorithm="fedavg", clock="synchronous"),
+      "clock, few": Config(algorithm="fedavg", clock="synchronous", dropped_examples=20),
       "knn": Config(algorithm="knn_per"),
       "ft": Config(algorithm="fedavg_ft", settings={"head_only": True}),
       "fedavg": Config(algorithm="fedavg"),
@@ -115,8 +124,8 @@ def test_runs_share_rounds_where_only_personal_models_differ(monkeypatch, tmp_pa
   )
   shared = {"rho": "all", "few": "all", "rho, peer": "peer", "ft": "knn", "fedavg": "knn"}
   assert whose == dict.fromkeys(whose, "") | shared
-  assert list(whose)[:4] == ["all", "curve", "curve, rho", "seed"]  # of one program
-  assert set(list(whose)[-len(shared) :]) == set(shared)  # once their rounds are there
+  assert list(whose)[:5] == ["all", "curve", "curve, rho", "seed", "code"]  # of one program
+  assert set(list(whose)[-len(shared) - 1 :]) == set(shared) | {"code, rho"}  # once their rounds are there
 
 
 def test_another_seed_compiles_nothing_and_has_the_numbers_that_it_has_alone(tmp_path):

@@ -76,7 +76,7 @@ def test_sets_differ_and_what_the_server_knows_is_of_clients_that_take_part(tmp_
 def test_a_virtual_clock_is_refused():
   config = make(0, clock="synchronous")
   with pytest.raises(InputError, match="clock: got 'synchronous', accepted is rounds"):
-    zero_shot.train(SimpleNamespace(config=config, clock="a plan"), None)
+    zero_shot.train(SimpleNamespace(config=config, clock="a plan"))
 
 
 def test_more_sets_than_there_are_is_refused(monkeypatch):
