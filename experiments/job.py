@@ -208,7 +208,8 @@ def prepare(
   )
   traffic = simulation.traffic(build, inputs, shapes.server, num_classes if masked else 0)
   made = replayed or _schedule(config, build, task, inputs, traffic)
-  clock = simulation.batches.plan(made, batch_width) if made else None
+  held = _held(federation, num_classes) if config.softmax_mask == "present" else None
+  clock = simulation.batches.plan(made, batch_width, held) if made else None
   if made:
     if still := np.count_nonzero(gone & ~made.gone):
       print(
@@ -230,6 +231,13 @@ def prepare(
     shapes=shapes,
   )
   return Job(config, dataset, verified, federation, inputs, build, task, simulator, gone, traffic, clock)
+
+
+def _held(federation: Federation, num_classes: int) -> np.ndarray:
+  """bool [N, C] by id: who has which classes."""
+  held = np.zeros((len(federation.id), num_classes), bool)
+  held[np.asarray(federation.id)] = data.histogram(federation, num_classes) > 0
+  return held
 
 
 def _replayed(config: Config) -> simulation.schedule.Schedule | None:
@@ -269,7 +277,8 @@ def _schedule(
   )
   process = lambda traced: build(traced)[1]
   moving = {"download": download, "upload": upload}
-  made = simulation.schedule.make(process, inputs.settings, config.seed, settings, compute, **moving)
+  presence = config.softmax_mask == "present"
+  made = simulation.schedule.make(process, inputs.settings, config.seed, settings, compute, **moving, presence=presence)
   if config.clock == "asynchronous":
     # Batches are as wide under every seed, for their width is a shape: as those of seed 0 if clients were alike.
     alike = np.full(config.num_clients, compute.mean())
@@ -720,6 +729,7 @@ def _time(job: Job) -> dict[str, Any] | None:
   return {
     "clock": schedule.clock,
     "virtual_seconds": float(schedule.seconds[-1]),
+    "round_seconds": schedule.round_seconds,
     "idle_share": schedule.idle_share,
     "staleness": schedule.staleness_histogram(),
     "batches": {"count": len(sizes), "mean": float(sizes.mean()), "max": int(sizes.max())},

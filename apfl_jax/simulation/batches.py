@@ -24,6 +24,7 @@ class Layout(NamedTuple):
     batches: D, batches a call, at most.
     versions: H, slots for versions of `Download.shared`; one more is where versions go that nobody reads.
     seats: S, slots for rows of `Download.own`, one for each client at work.
+    classes: C where visits have the classes present at their start, else 0.
   """
 
   alone: bool
@@ -31,6 +32,7 @@ class Layout(NamedTuple):
   batches: int
   versions: int
   seats: int
+  classes: int = 0
 
   @property
   def starts(self) -> int:
@@ -52,6 +54,7 @@ class Cohort(NamedTuple):
     arrives: bool.
     slot: int32, where in the history the version is that it downloaded.
     own: int32, which row of `Download.own` it got: its id, or the seat in which its row was kept.
+    present: bool [K, C], classes of the clients that were there when it started; None where nobody asks.
   """
 
   ids: Any
@@ -64,6 +67,7 @@ class Cohort(NamedTuple):
   arrives: Any
   slot: Any
   own: Any
+  present: Any
 
 
 class Batches(NamedTuple):
@@ -94,7 +98,7 @@ class Batches(NamedTuple):
 
 def blank_batches(layout: Layout) -> Batches:
   """Batches of nobody, in the shapes of a call."""
-  table = lambda kind: np.zeros((layout.batches, layout.width), kind)
+  table = lambda kind, *axes: np.zeros((layout.batches, layout.width, *axes), kind)
   whole, zero = table(np.int32), np.int32(0)
   cohort = Cohort(
     ids=whole,
@@ -107,6 +111,7 @@ def blank_batches(layout: Layout) -> Batches:
     arrives=table(bool),
     slot=whole,
     own=whole,
+    present=table(bool, layout.classes) if layout.classes else None,
   )
   starts = np.zeros(layout.starts, np.int32)
   return Batches(zero, cohort, table(bool)[:, 0], whole[:, 0], whole, whole, zero, starts, starts)
@@ -121,6 +126,7 @@ class Plan(NamedTuple):
     all: Batches, of the whole run: [B, P], `starts` [V]; B is the number of batches.
     offsets: int64 [T + 1], the batches of round t are those from offsets[t] to offsets[t + 1].
     per_round: most visits that a round computes.
+    present: bool [T, C], classes of the clients that are there just before each round is over; None where nobody asks.
   """
 
   schedule: Schedule
@@ -128,6 +134,7 @@ class Plan(NamedTuple):
   all: Batches
   offsets: np.ndarray
   per_round: int
+  present: np.ndarray | None
 
   @property
   def sizes(self) -> np.ndarray:
@@ -164,7 +171,7 @@ class Plan(NamedTuple):
     )
 
 
-def plan(schedule: Schedule, width: int = 0) -> Plan:
+def plan(schedule: Schedule, width: int = 0, held: np.ndarray | None = None) -> Plan:
   """Divides a schedule into batches: groups one after another whose versions all exist when the batch begins, no client
   twice. A batch ends with its round, for what is evaluated is the server between rounds.
 
@@ -172,6 +179,10 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
     schedule: who ends when.
     width: clients a batch, at most; 0 for the schedule's, or `fitting` where it has none. A synchronous round is one
       batch, whatever it is.
+    held: bool [N, C] by id, who has which classes; only the softmax mask `present` needs it.
+
+  Raises:
+    InputError: the schedule does not tell who is there, and `held` asks for it.
 
   Shapes are those of all schedules of such a clock and width, so that another seed compiles nothing.
   """
@@ -204,10 +215,12 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
   before = np.searchsorted(read[by_read], 0, side="right")
 
   def table(values: np.ndarray) -> np.ndarray:
-    padded = np.zeros((count, width), values.dtype if values.dtype in (bool, np.float32) else np.int32)
+    kind = values.dtype if values.dtype in (bool, np.float32) else np.int32
+    padded = np.zeros((count, width, *values.shape[1:]), kind)
     padded[batch, place] = values
     return padded
 
+  present, classes = (None, 0) if held is None else (schedule.classes_present(held), held.shape[1])
   column = lambda name: table(getattr(schedule, name)[order])
   cohort = Cohort(
     ids=column("client"),
@@ -220,6 +233,7 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
     arrives=column("arrives"),
     slot=table(slot[read] if alone else nothing),
     own=table(seat if alone else schedule.client[order]),
+    present=present and table(present[0][order]),
   )
   made = np.where(arrives & (slot[version] >= 0), slot[version], versions) if alone else nothing
   whole = Batches(
@@ -236,7 +250,8 @@ def plan(schedule: Schedule, width: int = 0) -> Plan:
   offsets = np.concatenate([[0], np.flatnonzero(whole.ends) + 1])
   per_round = schedule.cohort_size if alone else width
   dispatch = int(np.clip(4096 // width, 1, 256))
-  return Plan(schedule, Layout(alone, width, dispatch, versions, seats), whole, offsets, per_round)
+  layout = Layout(alone, width, dispatch, versions, seats, classes)
+  return Plan(schedule, layout, whole, offsets, per_round, present and present[1])
 
 
 def fitting(schedule: Schedule) -> int:

@@ -169,7 +169,8 @@ def simulator(
       says how many it needs.
     layout: of the batches of a virtual clock, see `schedule`; None for rounds.
     softmax_mask: classes of the softmax in losses on a client's real data: 'none' all; 'present' its own and those that
-      clients of the round's cohort hold, or, when it is personalised, all clients that are there; 'own' its own.
+      clients of the round's cohort hold, or, on a virtual clock, all clients that are there when its visit starts, and
+      when it is personalised all that are there then; 'own' its own.
     readout: 'plain', or 'prior': these losses add the client's log label prior to the logits, and so do answers for its
       own test examples; those for pooled ones do not.
     how: see `client_map.resolve`.
@@ -177,13 +178,14 @@ def simulator(
     shapes: of what the method returns; None to find them here.
 
   Raises:
-    InputError: another mask or read-out, or a method that breaks the contract, see `outline`.
+    InputError: another mask or read-out, a layout without the classes that the mask needs, or a method that breaks the
+      contract, see `outline`.
   """
   checked("softmax_mask", softmax_mask, str, Limits(choices=training.SOFTMAX_MASKS))
   checked("readout", readout, str, Limits(choices=training.READOUTS))
   alone = layout is not None and layout.alone
-  if layout and softmax_mask == "present":
-    raise InputError("softmax_mask: got 'present' on a virtual clock, accepted are none and own")
+  if layout and softmax_mask == "present" and layout.classes != num_classes:
+    raise InputError("softmax_mask: got 'present' with batches that lack classes, accepted is a plan with `held`")
   known = shapes or outline(
     build,
     inputs,
@@ -255,9 +257,9 @@ def simulator(
   # All that a client's function reads comes through its arguments: what it would close over is not on every device.
   def client(shared, item):
     """One visit -> (weight * update, weight, client, kept, arrived); the first two and `kept` 0 if nothing arrived."""
-    inputs, history, present = shared
+    inputs, history = shared
     algorithm, _ = build(inputs.settings)
-    slot, own, row, visit, number, client, arrives = item
+    slot, own, row, visit, number, client, arrives, present = item
     download = Download(jax.tree.map(lambda h: h[slot], history), own)
     new = algorithm.init_client(download, random.key(inputs.seed, Purpose.CLIENT, visit.id))
     client = jax.tree.map(lambda a, b: jnp.where(visit.times == 0, a, b), new, client)
@@ -299,8 +301,9 @@ def simulator(
       wait=cohort.wait,
     )
     mine = jax.tree.map(lambda x: x[row], state.clients)
-    items = (cohort.slot, jax.tree.map(lambda x: x[cohort.own], own), row, visit, cohort.number, mine, cohort.arrives)
-    shared = inputs, history, classes_held(federation, row, ok)
+    own = jax.tree.map(lambda x: x[cohort.own], own)
+    items = (cohort.slot, own, row, visit, cohort.number, mine, cohort.arrives, cohort.present)
+    shared = inputs, history
     if alone:
       _, (total, weight, mine, kept, arrived) = over_clients(lambda s, i: ((), client(s, i)))(shared, items, ok)
     else:
@@ -389,6 +392,7 @@ def simulator(
     ids, ok = draw_cohort(process, presence, now, seed, population_size, cohort_size)
     there = population.look(process, presence, now, ids, seed)
     delay = jnp.minimum(there.delay, now)
+    held = classes_held(inputs.federation, row_of[ids], ok)
     cohort = Cohort(
       ids=ids,
       ok=ok,
@@ -400,6 +404,7 @@ def simulator(
       arrives=there.arrives & (delay < versions),
       slot=(now - delay) % versions,
       own=ids,
+      present=None if held is None else jnp.broadcast_to(held, (cohort_size, num_classes)),
     )
     return together(state._replace(population=presence), inputs, row_of, cohort)
 

@@ -181,6 +181,9 @@ def run(
     """bool [C]: held by the clients that were there in the last round; None where the softmax is not masked so."""
     if simulator.softmax_mask != "present":
       return None
+    if clock is not None:
+      assert clock.present is not None
+      return simulator.place(clock.present[at - 1])
     last = simulator.place(np.int32(at - 1))
     there = np.asarray(simulator.present(state.population, inputs.seed, inputs.settings, last))
     return simulator.place(held()[there[np.asarray(federation.id)]].any(axis=0))

@@ -84,7 +84,10 @@ class Schedule(NamedTuple):
     places: clients at work at a time, at most.
     num_clients: N.
     width: clients that are computed together on the asynchronous clock, at most; 0 for what fits, see `batches.plan`.
+    round_seconds: length of a round of the availability processes.
     gone: bool [N] by id, away for good when the run ends.
+    presence: uint8 [W, ceil(N / 8)], packed bits by id: who is there in each round of the processes; [0, 0]
+      unless asked for.
     seconds: float64 [T], when each round of K visits is over.
     client: int32 [V].
     start: float64 [V], virtual seconds.
@@ -105,7 +108,9 @@ class Schedule(NamedTuple):
   places: int
   num_clients: int
   width: int
+  round_seconds: float
   gone: np.ndarray
+  presence: np.ndarray
   seconds: np.ndarray
   client: np.ndarray
   start: np.ndarray
@@ -143,6 +148,26 @@ class Schedule(NamedTuple):
     ended = np.searchsorted(np.sort(self.end[self.group >= 0]), self.seconds, side="right")
     return started * float(down) + ended * float(up)
 
+  def classes_present(self, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What those hold together that are there.
+
+    Args:
+      held: bool [N, C] by id, who has which classes.
+
+    Returns:
+      (bool [V, C], when a visit starts; bool [T, C], just before a round is over)
+
+    Raises:
+      InputError: the schedule does not tell who is there.
+    """
+    if not len(self.presence):
+      raise InputError(
+        "schedule: got one that does not tell who is there, accepted is one of a run with --softmax_mask=present"
+      )
+    there = (np.unpackbits(bits, count=self.num_clients).astype(bool) for bits in self.presence)
+    classes = np.stack([held[here].any(axis=0) for here in there])
+    return classes[_round_at(self.start, self.round_seconds)], classes[_round_before(self.seconds, self.round_seconds)]
+
 
 def make(
   process: Callable[[PyTree], Process],
@@ -153,6 +178,7 @@ def make(
   *,
   download: float = 0.0,
   upload: float = 0.0,
+  presence: bool = False,
 ) -> Schedule:
   """Plays the clock to the end of a run.
 
@@ -164,6 +190,7 @@ def make(
     compute: float64 [N] by id, seconds that a client's steps take at speed 1.
     download: seconds.
     upload: seconds.
+    presence: whether to tell who is there, for which everybody is looked at in each round of the processes.
 
   Raises:
     InputError: nobody comes any more, or clients download late.
@@ -173,8 +200,9 @@ def make(
   if not settings.round_seconds:
     ideal = undisturbed(process, traced, seed, settings, compute, download=download, upload=upload)
     settings = settings._replace(round_seconds=float(ideal.seconds[-1] / len(ideal.seconds)) or 1.0)
-  presence = _Presence(process, traced, seed, len(compute), settings.round_seconds)
-  return _play(presence, seed, settings, compute, download, upload)
+  there = _Presence(process, traced, seed, len(compute), settings.round_seconds)
+  made = _play(there, seed, settings, compute, download, upload)
+  return made._replace(presence=there.table(made.seconds[-1])) if presence else made
 
 
 def undisturbed(
@@ -202,8 +230,27 @@ def _play(
   seconds = lambda visit, id, there: (download + compute[id] * there.work / there.speed + upload) * factor[visit]
   play = _asynchronous if settings.clock == "asynchronous" else _synchronous
   columns = play(_Line(presence, settings), settings, lambda visit, id, there: float(seconds(visit, id, there)))
-  gone = presence.gone(columns["seconds"][-1])
-  return Schedule(settings.clock, settings.cohort_size, settings.places, len(compute), 0, gone, **columns)
+  return Schedule(
+    clock=settings.clock,
+    cohort_size=settings.cohort_size,
+    places=settings.places,
+    num_clients=len(compute),
+    width=0,
+    round_seconds=presence.length,
+    gone=presence.gone(columns["seconds"][-1]),
+    presence=np.zeros((0, 0), np.uint8),
+    **columns,
+  )
+
+
+def _round_at(times: np.ndarray, length: float) -> np.ndarray:
+  """int64: the rounds of the process, of a length in seconds, at some times."""
+  return (np.asarray(times) / length + _ROUNDING).astype(np.int64)
+
+
+def _round_before(times: np.ndarray, length: float) -> np.ndarray:
+  """The same just before them."""
+  return np.maximum(0, np.ceil(np.asarray(times) / length - _ROUNDING).astype(np.int64) - 1)
 
 
 def _factors(seed: Array | int, count: int, jitter: float) -> np.ndarray:
@@ -298,7 +345,7 @@ class _Presence:
     """bool [V]: whether uploads of these clients arrive at these times."""
     if self.always:
       return np.ones(len(ids), bool)
-    rounds = (np.asarray(times) / self.length + _ROUNDING).astype(np.int64)
+    rounds = _round_at(times, self.length)
     order = np.argsort(rounds, kind="stable")
     found = np.zeros(len(order), bool)
     at = self._now if len(order) and self._now[0] <= rounds[order[0]] else self._start
@@ -312,9 +359,20 @@ class _Presence:
 
   def gone(self, time: float) -> np.ndarray:
     """bool [N] by id: away for good just before a time."""
-    last = max(0, int(np.ceil(time / self.length - _ROUNDING)) - 1)
-    round, state = self._stepped(self._start, last)
-    return np.asarray(_look(*self._of, state, np.int32(round), np.arange(self.num_clients, dtype=np.int32)).gone)
+    at = self._stepped(self._start, int(_round_before(np.array(time), self.length)))
+    return np.asarray(self._everybody(at).gone)
+
+  def table(self, time: float) -> np.ndarray:
+    """uint8 [W, ceil(N / 8)], packed bits by id: who is there in each round up to a time."""
+    at, rows = self._start, []
+    for round in range(self.round(time) + 1):
+      at = self._stepped(at, round)
+      rows.append(np.packbits(np.asarray(self._everybody(at).present)))
+    return np.stack(rows)
+
+  def _everybody(self, at: tuple[int, PyTree]) -> Availability:
+    round, state = at
+    return _look(*self._of, state, np.int32(round), np.arange(self.num_clients, dtype=np.int32))
 
 
 class _Line:
@@ -504,7 +562,8 @@ def load(path: Path, clock: str, num_clients: int, cohort_size: int, rounds: int
   try:
     with np.load(path) as file:
       columns = dict(file)
-    plain = {name: columns.pop(name).item() for name in ("clock", "cohort_size", "places", "num_clients", "width")}
+    names = ("clock", "cohort_size", "places", "num_clients", "width", "round_seconds")
+    plain = {name: columns.pop(name).item() for name in names}
     schedule = Schedule(**plain, **columns)
   except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
     reason = next(iter(str(error).splitlines()), type(error).__name__)[:100]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apfl_jax import population
+from apfl_jax import data, population
 from apfl_jax.errors import InputError
 from apfl_jax.report import plots, run
 from experiments import asynchrony, job
@@ -142,31 +142,32 @@ def test_the_trace_is_read_as_it_was_meant(tmp_path, rounds):
 
 
 def test_phases_are_told_by_their_last_measurement():
-  values = {at: (float(at), 0.0) for at in range(3, 61, 3)}
+  values = {at + 0.5: (float(at), 0.0) for at in range(2, 71, 3)}
   ends = asynchrony.at_ends(values, 60)
   assert {name: both[0] for name, both in ends.items()} == {
-    "present": 24.0,
-    "monopolised": 30.0,
-    "left": 45.0,
-    "returned": 60.0,
+    "present": 23.0,
+    "monopolised": 29.0,
+    "left": 44.0,
+    "returned": 68.0,  # however long the run takes
   }
-  assert list(asynchrony.at_ends({60: (1.0, 0.0)}, 60)) == ["returned"]
+  assert list(asynchrony.at_ends({70.0: (1.0, 0.0)}, 60)) == ["returned"]
 
 
 def test_a_life_is_judged_by_what_is_left():
   def lived(kept):
     at_round = lambda t: kept if 10 < t <= 15 else 0.9
     recall = [[0.6, 0.8, at_round(2 * i + 2)] for i in range(10)]
-    return done(lines([0.7] * 10, 15, global_recall=recall), Config(rounds=20), arrays={"histogram": HISTOGRAM})
+    some = lines([0.7] * 10, 15, global_recall=recall)
+    return done(some, Config(rounds=20), arrays={"histogram": HISTOGRAM}, round_seconds=15.0)
 
-  kept = {"fedavg": 0.0, "fedavg+mask": 0.4, "ap_fl+mask": 0.5, "ap_fl+mask+memory": 0.6}
+  kept = {"fedbuff": 0.0, "fedbuff+mask": 0.4, "ap_fl+mask": 0.5, "ap_fl+mask+memory": 0.6}
   found = {(label, seed): lived(value) for label, value in kept.items() for seed in (1, 2)}
   rows, panels, table = PARTS["life"].judge(found)
   assert [row.verdict for row in rows] == [HOLDS] * 5
   assert [row.numbers["mean"] for row in rows] == pytest.approx([0.6, 0.2, 0.1, 0.0, 0.0])
-  assert table.rows[0][:5] == ["fedavg", "90.0 ± 0.0", "90.0 ± 0.0", "0.0 ± 0.0", "90.0 ± 0.0"]
+  assert table.rows[0][:5] == ["fedbuff", "90.0 ± 0.0", "90.0 ± 0.0", "0.0 ± 0.0", "90.0 ± 0.0"]
   assert "seed 1: class c, 2 of 10 clients" in table.rows[-1][0]
-  assert panels[0].spans["left"] == (15 * 10, 15 * 15)
+  assert panels[0].spans["left"] == (10, 15) and panels[0].spans["returned"] == (15, 20)
   assert plots.curves(panels).startswith(b"\x89PNG")
 
 
@@ -182,20 +183,31 @@ def test_runs_of_a_part_differ_and_flags_reach_them(tmp_path):
     configs = asynchrony.plan(part, [1, 2], "fashion_mnist", {"rounds": 12, "ap_fl_beta": 0.25}, tmp_path)
     assert len({tuple(sorted(one.identity())) for one in configs.values()}) == len(configs)
     assert all(one.rounds == 12 and one.num_clients == 20 for one in configs.values())
-    assert part == "life" or all(one.clock != "rounds" for one in configs.values())
+    assert all(one.clock != "rounds" for one in configs.values())
     assert all(one.settings["beta"] == 0.25 for one in configs.values() if one.algorithm == "ap_fl")
   away = asynchrony.plan("return", [1], "digits", {}, tmp_path)["returned", 1]
   assert away.cohort_size == 4  # of 10, the others are away
-  lived = asynchrony.plan("life", [3], "digits", {}, tmp_path)["fedavg", 3]
+  lived = asynchrony.plan("life", [3], "digits", {}, tmp_path)["fedbuff", 3]
   assert lived.trace == str(tmp_path / "life-3.csv")
 
 
 def test_a_written_trace_is_of_the_runs_partition(tmp_path):
   given = {"dataset": "fast", "model": "mlp", "embeddings": "onehot", "alpha": 0.5, "rounds": 20, "num_clients": 6}
-  made = asynchrony.plan("life", [1], "digits", given, tmp_path)["fedavg", 1]
+  plan = asynchrony.plan("life", [1], "digits", given, tmp_path)
+  made = plan["fedbuff", 1]
   asynchrony.write_trace(made)
   table = population.read_trace(made.trace, 1.0, 6)
-  assert table.speed.shape == (6,) and int(table.period) == 21
+  assert table.speed.shape == (6,) and int(table.period) == 40
+
+  # The clock knows when the class is away: after its last holder has left, and before the first is back.
+  ready = job.prepare(plan["ap_fl+mask", 1])
+  life = asynchrony.chosen(data.histogram(ready.federation, len(ready.dataset.class_names)))
+  clock = ready.clock
+  at = clock.schedule.start / clock.schedule.round_seconds
+  away = (at >= 10) & (at < 15)
+  assert away.sum() > 3 and not np.isin(clock.schedule.client[away], life.holders).any()
+  there = clock.schedule.classes_present(np.eye(6, dtype=bool))[0]
+  np.testing.assert_array_equal(there[:, list(life.holders)].any(axis=1), ~away)
 
 
 def test_an_unknown_part_ends_with_a_line(tmp_path):

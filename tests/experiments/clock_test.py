@@ -48,7 +48,8 @@ def lines(workdir: Path) -> list[dict]:
 
 
 def test_a_run_tells_its_time_and_its_schedule_replays_it(tmp_path):
-  one = run(tmp_path / "one")
+  values = {"dropout": "markov", "drop_rate": "0.4", "softmax_mask": "present"}
+  one = run(tmp_path / "one", **values)
   told = lines(tmp_path / "one")
   times, moved = ([line[key] for line in told] for key in ("virtual_seconds", "bytes"))
   assert len(times) == 3 and (np.diff(times) > 0).all() and (np.diff(moved) > 0).all()
@@ -56,13 +57,16 @@ def test_a_run_tells_its_time_and_its_schedule_replays_it(tmp_path):
   assert section["virtual_seconds"] == times[-1] and 0 <= section["idle_share"] < 1
   with np.load(tmp_path / "one" / "schedule.npz") as made:
     assert sum(section["staleness"]["counts"]) == np.sum(made["arrives"] & (made["group"] >= 0))
+    assert len(made["presence"]) >= section["virtual_seconds"] / section["round_seconds"] - 1
+    assert len(np.unique(made["presence"])) > 1
   assert section["batches"]["mean"] > 1 and section["batches"]["count"] * section["batches"]["mean"] == 24
   assert metrics.time.to_target(told, 0.0) == times[0]
   assert (tmp_path / "one" / "time.png").is_file()
 
-  # Neither seed nor speeds matter to who comes when; the seed still matters to what is learnt.
+  # Neither seed nor processes nor speeds matter to who comes when; the seed still matters to what is learnt.
   saved = str(tmp_path / "one" / "schedule.npz")
-  other = run(tmp_path / "two", schedule=saved, speed="constant", duration_jitter=0.0, bandwidth=0.0)
+  unread = {"speed": "constant", "duration_jitter": 0.0, "bandwidth": 0.0, "dropout": "none", "drop_rate": "0"}
+  other = run(tmp_path / "two", schedule=saved, softmax_mask="present", **unread)
   assert (tmp_path / "two" / "metrics.jsonl").read_bytes() == (tmp_path / "one" / "metrics.jsonl").read_bytes()
   assert other["time"] == section
 
@@ -123,6 +127,13 @@ def test_flags_without_effect_are_told():
   (line,) = _notes(clock="asynchronous", num_clients=90)
   assert "--fedasync_max_staleness=16 leaves out most uploads: with 90 clients at work they are 89" in line
   assert not _notes(clock="asynchronous", num_clients=90, cohort_size=9)
+
+
+def test_a_schedule_that_does_not_tell_who_is_there_is_one_line(tmp_path):
+  path = tmp_path / "schedule.npz"
+  schedule.save(job.prepare(BASE).clock.schedule, path)
+  with pytest.raises(InputError, match="schedule: got one that does not tell who is there, accepted is one of a run"):
+    job.prepare(dataclasses.replace(BASE, schedule=str(path), softmax_mask="present"))
 
 
 def test_a_schedule_of_another_run_is_one_line(tmp_path):

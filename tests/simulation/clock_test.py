@@ -22,6 +22,7 @@ from apfl_jax.types import (
   LocalSGD,
   Model,
   Params,
+  Prediction,
   PyTree,
   Span,
   State,
@@ -67,23 +68,29 @@ def _process(settings: PyTree) -> Any:
   return population.make(("bernoulli",), N, settings["rates"], population.speeds("pareto", settings["spread"]))
 
 
-def _play(inputs: Any = INPUTS, **values: Any) -> schedule.Schedule:
+def _play(inputs: Any = INPUTS, process: Any = _process, presence: bool = False, **values: Any) -> schedule.Schedule:
   """500 events of heavy-tailed speeds, shaken besides."""
   compute = STEPS * np.ones(N)
   known = {"clock": "asynchronous", "rounds": 50, "cohort_size": 10, "concurrency": 8, "jitter": 0.6}
   settings = schedule.Settings(**(known | {"round_seconds": 3.0} | values))
-  return schedule.make(_process, inputs.settings, inputs.seed, settings, compute, download=0.1, upload=0.2)
+  times = {"download": 0.1, "upload": 0.2}
+  return schedule.make(process, inputs.settings, inputs.seed, settings, compute, **times, presence=presence)
 
 
 def _run(
-  algorithm: Algorithm, plan: batches.Plan | None, inputs: Any = INPUTS, rounds: int = 0, **values: Any
+  algorithm: Algorithm,
+  plan: batches.Plan | None,
+  inputs: Any = INPUTS,
+  rounds: int = 0,
+  process: Any = _process,
+  **values: Any,
 ) -> tuple[simulation.RoundMetrics, simulation.Chunks]:
   """All rounds of a plan; without one as many rounds of the ordinary kind."""
   options: dict[str, Any] = {"population_size": N, "cohort_size": 4, "chunk": max(rounds, 1), "how": "sequential"}
   if plan:
     rounds = len(plan.schedule.seconds)
     options |= {"layout": plan.layout, "cohort_size": plan.per_round, "chunk": rounds}
-  made = simulation.simulator(lambda settings: (algorithm, _process(settings)), inputs, CLASSES, **(options | values))
+  made = simulation.simulator(lambda settings: (algorithm, process(settings)), inputs, CLASSES, **(options | values))
   staging = simulation.Staging(made, jax.tree.map(np.asarray, inputs))
   chunks = simulation.Chunks(made, staging, *staging.begin(), plan=plan)
   return chunks.run(rounds, 0), chunks
@@ -97,11 +104,11 @@ def _head(algorithm: Algorithm, state: State) -> np.ndarray:
 # --- the oracle -------------------------------------------------------------------------------------------------------
 
 
-def gradient(id: int, w: np.ndarray) -> np.ndarray:
+def gradient(id: int, w: np.ndarray, answers: np.ndarray = Y, kept: Any = True) -> np.ndarray:
   rows = slice(STARTS[id], STARTS[id] + SIZES[id])
-  chance = np.exp(X[rows] @ w)
+  chance = np.exp(X[rows] @ w) * kept
   chance /= chance.sum(1, keepdims=True)
-  return X[rows].T @ (chance - Y[rows]) / SIZES[id]
+  return X[rows].T @ (chance - answers[rows]) / SIZES[id]
 
 
 def descended(id: int, w: np.ndarray, slope: Callable[[int, np.ndarray], np.ndarray] = gradient) -> np.ndarray:
@@ -120,7 +127,7 @@ def played(made: schedule.Schedule, server: Any) -> np.ndarray:
   while done < due:
     while begun - done < made.places and begun < len(took):
       assert made.start[begun] == now
-      downloads[begun] = server.download()
+      downloads[begun] = server.download(now)
       heapq.heappush(working, (now + took[begun], begun))
       begun += 1
     now, visit = heapq.heappop(working)
@@ -136,7 +143,7 @@ class Async:
   def __init__(self, alpha: float, power: float, rho: float):
     self.w, self.version, self.told = FIRST, 0, (alpha, power, rho)
 
-  def download(self) -> Any:
+  def download(self, now: float) -> Any:
     return self.w, self.version
 
   def receive(self, id: int, read: Any) -> None:
@@ -338,10 +345,120 @@ def test_rows_may_be_staged(tmp_path):
     tasks.assert_same(other, ends[0])
 
 
-def test_the_mask_of_those_present_is_refused():
-  plan = batches.plan(_play(rounds=2))
-  with pytest.raises(InputError, match="softmax_mask: got 'present' on a virtual clock"):
-    _run(fedavg(TASK), plan, softmax_mask="present")
+# --- the mask of those present ----------------------------------------------------------------------------------------
+
+KIND = np.arange(N) % CLASSES  # client i holds this class alone
+HELD = np.eye(CLASSES, dtype=bool)[KIND]
+KINDS = np.repeat(KIND, SIZES)
+MASKED = INPUTS._replace(
+  federation=INPUTS.federation._replace(
+    store=INPUTS.federation.store._replace(labels=jnp.asarray(KINDS, jnp.int32)),
+  )
+)
+
+
+def _turns(settings: PyTree, heard: Any = lambda round, ids: True) -> Any:
+  """In each round those of one class are away, of the next class in the next."""
+  speeds = population.speeds("pareto", settings["spread"])
+
+  def look(state, round, ids, key):
+    found = speeds.look(state, round, ids, key)
+    return found._replace(present=(ids + round) % CLASSES != 0, arrives=found.arrives & heard(round, ids))
+
+  return speeds._replace(look=look)
+
+
+def _there(time: float, length: float) -> np.ndarray:
+  """bool [C]: the classes of those who are there."""
+  return (np.arange(CLASSES) + int(time / length + 1e-9)) % CLASSES != 0
+
+
+class Masked(Async):
+  """FedAsync; a client's softmax spans its own class and those of who was there when it downloaded."""
+
+  def download(self, now: float) -> Any:
+    return self.w, self.version, _there(now, 3.0)
+
+  def receive(self, id: int, read: Any) -> None:
+    start, version, there = read
+    alpha, power, _ = self.told
+    mine = descended(id, start, lambda id, w: gradient(id, w, np.eye(CLASSES)[KINDS], there | HELD[id]))
+    share = alpha * (1 + self.version - version) ** -power
+    self.w, self.version = (1 - share) * self.w + share * mine, self.version + 1
+
+
+def test_masked_batches_are_a_heap_of_events():
+  algorithm = fedasync(TASK, alpha=0.5, exponent=0.7, rho=0.0, max_staleness=1000)
+  made = _play(MASKED, _turns, presence=True)
+  plan = batches.plan(made, held=HELD)
+  assert plan.sizes.mean() > 1.2 and len(set(np.floor(made.start / 3.0))) > 20
+  ends = {}
+  for mask in ("present", "own", "none"):
+    ends[mask] = _head(algorithm, _run(algorithm, plan, MASKED, process=_turns, softmax_mask=mask)[1].state)
+  np.testing.assert_allclose(ends["present"], played(made, Masked(0.5, 0.7, 0.0)), rtol=0, atol=1e-5)
+  assert min(np.abs(ends["present"] - ends[mask]).max() for mask in ("own", "none")) > 0.1
+
+
+@pytest.mark.parametrize("clock", ["synchronous", "asynchronous"])
+def test_equal_durations_are_rounds_with_the_mask_too(clock):
+  """The cohort is all who are there, of whom half leave before they are heard; so the rounds are told that, too."""
+  inputs = MASKED._replace(settings=SAME_SPEED.settings)
+  values = EQUAL | {"cohort_size": 8, "concurrency": 8, "clock": clock}
+  plan = batches.plan(_play(inputs, _turns, presence=True, **values), held=HELD)
+  np.testing.assert_array_equal(plan.sizes, 8)
+  plain = fedavg(TASK)
+  timed = fedbuff(TASK, buffer_size=4) if clock == "asynchronous" else plain
+  happened, chunks = _run(timed, plan, inputs, process=_turns, softmax_mask="present")
+  np.testing.assert_array_equal(happened.arrived, 4)
+  leaving = lambda settings: _turns(settings, lambda round, ids: (ids + round + 1) % CLASSES != 0)
+  options = {"rounds": 7, "process": leaving, "cohort_size": 8}
+  ends = {mask: _run(plain, None, inputs, softmax_mask=mask, **options)[1].state for mask in ("present", "none")}
+  expected, unmasked = (_head(plain, state) for state in ends.values())
+  assert np.abs(expected - unmasked).max() > 0.01 and np.abs(expected - FIRST).max() > 0.1
+  np.testing.assert_allclose(_head(timed, chunks.state), expected, rtol=0, atol=1e-6)
+  if clock == "synchronous":
+    tasks.assert_same((chunks.state.server, chunks.state.times), (ends["present"].server, ends["present"].times))
+
+
+@pytest.mark.parametrize("clock", ["synchronous", "asynchronous"])
+def test_personal_models_get_the_classes_of_who_is_there_when_they_are_made(clock):
+  kept = lambda data: (data.logit_offset > -jnp.inf).astype(jnp.float32)
+  algorithm = fedavg(TASK)._replace(
+    personalize=lambda download, client, data, visit, key: kept(data),
+    predict=lambda model, images: Prediction(jnp.zeros((len(images), CLASSES)), jnp.zeros((len(images), 1))),
+    global_model=lambda server: None,
+    describe=lambda model: {"kept": model},
+  )
+  seen = set()
+  for rounds in (4, 5, 6):
+    plan = batches.plan(_play(MASKED, _turns, presence=True, clock=clock, rounds=rounds, cohort_size=4), held=HELD)
+    simulator = simulation.simulator(
+      lambda settings: (algorithm, _turns(settings)),
+      MASKED,
+      CLASSES,
+      population_size=N,
+      cohort_size=plan.per_round,
+      layout=plan.layout,
+      softmax_mask="present",
+      how="sequential",
+    )
+    inputs = jax.tree.map(np.asarray, MASKED)
+    result = simulation.run(
+      simulator, inputs, rounds=rounds, gone=np.zeros(N, bool), eval_every=0, clock=plan, progress=False
+    )
+    there = _there(plan.schedule.seconds[-1] - 1e-6, 3.0)
+    described: Any = result.personal_scores.described
+    np.testing.assert_array_equal(described["kept"] > 0, there | HELD)
+    seen.add(tuple(there))
+  assert len(seen) > 1
+
+
+def test_the_mask_needs_to_be_told_who_is_there():
+  made = _play(rounds=2)
+  with pytest.raises(InputError, match="softmax_mask: got 'present' with batches that lack classes"):
+    _run(fedavg(TASK), batches.plan(made), softmax_mask="present")
+  with pytest.raises(InputError, match="schedule: got one that does not tell who is there"):
+    batches.plan(made, held=HELD)
 
 
 COHORT = 4

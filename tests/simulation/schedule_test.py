@@ -28,11 +28,17 @@ def _coming_and_going(traced: PyTree) -> Process:
 
 
 def _play(
-  seed: int = 0, rates: Any = (0.0, 0.0), spread: float = 0.0, compute: Any = COMPUTE, **values: Any
+  seed: int = 0,
+  rates: Any = (0.0, 0.0),
+  spread: float = 0.0,
+  compute: Any = COMPUTE,
+  presence: bool = False,
+  **values: Any,
 ) -> Schedule:
   traced = {"rates": np.float32(rates), "spread": np.float32(spread)}
   values = {"clock": "asynchronous", "rounds": 5, "cohort_size": 3, "concurrency": 3, "round_seconds": 4.0} | values
-  return schedule.make(_coming_and_going, traced, seed, Settings(**values), np.asarray(compute, float))
+  settings = Settings(**values)
+  return schedule.make(_coming_and_going, traced, seed, settings, np.asarray(compute, float), presence=presence)
 
 
 @jax.jit
@@ -255,7 +261,7 @@ def test_a_process_in_which_clients_download_late_is_refused():
 
 
 def test_idle_places_wait_for_the_process_and_nobody_is_drawn_who_is_away():
-  made = _play(1, rates=(0.4, 0.0), rounds=20, cohort_size=9, concurrency=9)
+  made = _play(1, rates=(0.4, 0.0), rounds=20, cohort_size=9, concurrency=9, presence=True)
   assert 0.1 < made.idle_share < 0.9
   traced = {"rates": np.float32((0.4, 0.0)), "spread": np.float32(0)}
   look = lambda time, id: _look(traced, 1, int(time / 4.0 + 1e-9), np.arange(N)).present[id]
@@ -263,6 +269,12 @@ def test_idle_places_wait_for_the_process_and_nobody_is_drawn_who_is_away():
   at_end = [look(t, i) for t, i in zip(made.end, made.client, strict=True)]
   assert all(at_start)
   np.testing.assert_array_equal(made.arrives[made.group >= 0], np.array(at_end)[made.group >= 0])
+  everyone = np.arange(N)
+  at_starts, at_closes = made.classes_present(np.eye(N, dtype=bool))  # each a class of its own
+  np.testing.assert_array_equal(at_starts, [look(t, everyone) for t in made.start])
+  np.testing.assert_array_equal(at_closes, [look(t - 1e-6, everyone) for t in made.seconds])
+  held = np.arange(2 * N).reshape(N, 2) % 5 == 0
+  np.testing.assert_array_equal(made.classes_present(held)[0], at_starts @ held)
 
 
 def test_a_population_that_never_comes_is_refused(monkeypatch):
@@ -297,7 +309,8 @@ def test_the_histogram_and_the_traffic_count_what_happened():
 
 @functools.cache
 def _saved() -> Schedule:
-  return _play(8, rates=(0.2, 0.2), spread=0.5, jitter=0.5, rounds=9, cohort_size=4, concurrency=6)
+  values = {"rounds": 9, "cohort_size": 4, "concurrency": 6, "presence": True}
+  return _play(8, rates=(0.2, 0.2), spread=0.5, jitter=0.5, **values)
 
 
 def test_a_saved_schedule_is_the_same_and_makes_the_same_batches(tmp_path):
@@ -306,7 +319,7 @@ def test_a_saved_schedule_is_the_same_and_makes_the_same_batches(tmp_path):
   for mine, theirs in zip(_saved(), read, strict=True):
     np.testing.assert_array_equal(theirs, mine)
     assert np.asarray(theirs).dtype == np.asarray(mine).dtype
-  one, other = batches.plan(_saved()), batches.plan(read)
+  one, other = (batches.plan(made, held=np.eye(N, dtype=bool)) for made in (_saved(), read))
   assert one.layout == other.layout
   jax.tree.map(np.testing.assert_array_equal, one.all, other.all)
 
