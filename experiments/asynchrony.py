@@ -452,7 +452,6 @@ PARTS = {
       f"{_BUFFERED}+mask": of("fedbuff", **_BUFFER, **_MASK),
       "ap_fl+mask": of("ap_fl", **_ONE_BY_ONE, **_MASK),
       _KEEPING: of("ap_fl", ap_fl_memory="average", **_ONE_BY_ONE, **_MASK),
-      f"{_KEEPING}+free": of("ap_fl", ap_fl_memory="average", head="free", **_ONE_BY_ONE, **_MASK),
     },
     _life,
   ),

@@ -42,6 +42,7 @@ from absl import flags
 
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
+from apfl_jax.population.traces import arrow
 from experiments import config
 
 _COLUMNS = ("client", "start", "end", "speed")
@@ -237,7 +238,7 @@ def write(path: Path, table: Sequence[tuple[Any, ...]]) -> None:
   names = _COLUMNS[: len(table[0])]
   with replacing(path) as temporary:
     if path.suffix.lower() == ".parquet":
-      pyarrow, parquet = _pyarrow()
+      pyarrow, parquet = arrow("output: Parquet")
       client, *others = zip(*table, strict=True)
       columns = [np.array(client), *(np.array(column, float) for column in others)]
       parquet.write_table(pyarrow.table(dict(zip(names, columns, strict=True))), temporary)
@@ -246,17 +247,6 @@ def write(path: Path, table: Sequence[tuple[Any, ...]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
         writer.writerows(table)
-
-
-def _pyarrow() -> tuple[Any, Any]:
-  try:
-    import pyarrow
-    from pyarrow import parquet
-  except ImportError as error:
-    raise InputError(
-      "output: Parquet needs the package pyarrow; install it with: pip install 'apfl_jax[parquet]'"
-    ) from error
-  return pyarrow, parquet
 
 
 def summary(phones: Sequence[Device], table: Sequence[tuple[Any, ...]]) -> str:

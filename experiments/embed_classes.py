@@ -217,6 +217,8 @@ def main(arguments: Sequence[str]) -> None:
   output = Path(said.output).expanduser() if said.output else semantics.table_path(said.dataset, said.kind)
   if output.suffix != ".npz":
     raise InputError(f"output: got {said.output!r}, accepted is the name of a file that ends with .npz")
+  if said.descriptions and not said.output:
+    raise InputError("descriptions: got a file without --output, accepted are both: the data set's table is of names")
   templates = [template.strip() for template in said.templates.split("|") if template.strip()]
   descriptions = described(said.descriptions) if said.descriptions else None
   table = embed(

@@ -45,15 +45,8 @@ def _settings(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
   return traced, {key: value for key, value in values.items() if key not in traced}
 
 
-def build(
-  name: str, num_clients: int, settings: PyTree, mesh: Mesh | None = None, aggregations: int = 1
-) -> tuple[Algorithm, Process]:
-  """A method on the multilayer perceptron; some clients never come and uploads get lost, at `drop_rates`.
-
-  `name` may go on with wrappers, as in 'fedavg|krum'.
-  """
-  name, *wrappers = name.split("|")
-  embeddings = settings["embeddings"]
+def task(num_clients: int, settings: PyTree, mesh: Mesh | None = None, aggregations: int = 1) -> Task:
+  """The multilayer perceptron on `fast`."""
   model = nn.classifier("mlp", IMAGE_SHAPE, NUM_CLASSES)
   sgd = LocalSGD(
     learning_rate=settings["learning_rate"],
@@ -64,12 +57,23 @@ def build(
     weighting="examples",
     augment="none",
   )
-  spread = simulation.spread(mesh)
-  task = Task(num_clients, NUM_CLASSES, IMAGE_SHAPE, embeddings, model, sgd, settings["rounds"], spread, aggregations)
-  algorithm = algorithms.METHODS[name].make(task, **_settings(name)[1], **settings["method"])
+  spread, embeddings = simulation.spread(mesh), settings["embeddings"]
+  return Task(num_clients, NUM_CLASSES, IMAGE_SHAPE, embeddings, model, sgd, settings["rounds"], spread, aggregations)
+
+
+def build(
+  name: str, num_clients: int, settings: PyTree, mesh: Mesh | None = None, aggregations: int = 1
+) -> tuple[Algorithm, Process]:
+  """A method on the `task`; some clients never come and uploads get lost, at `drop_rates`.
+
+  `name` may go on with wrappers, as in 'fedavg|krum'.
+  """
+  name, *wrappers = name.split("|")
+  made_for = task(num_clients, settings, mesh, aggregations)
+  algorithm = algorithms.METHODS[name].make(made_for, **_settings(name)[1], **settings["method"])
   for wrapper in wrappers:
     static = _settings(wrapper)[1]
-    algorithm = algorithms.WRAPPERS[wrapper].make(algorithm, task, **static, **settings["wrappers"][wrapper])
+    algorithm = algorithms.WRAPPERS[wrapper].make(algorithm, made_for, **static, **settings["wrappers"][wrapper])
   return algorithm, population.make(("cold", "bernoulli"), num_clients, settings["drop_rates"])
 
 

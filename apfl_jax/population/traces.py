@@ -163,15 +163,19 @@ def _csv_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Sequence[
     raise InputError(f"trace: {path} is no CSV text ({error}), accepted is a CSV file in UTF-8") from error
 
 
-def _parquet_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Sequence[Any]]]:
-  """(row, its cells), first the names of the columns; rows are numbered as if these were a line of their own."""
+def arrow(what: str) -> tuple[Any, Any]:
+  """The modules pyarrow and pyarrow.parquet. Raises InputError, which begins with `what`, where they are missing."""
   try:
     import pyarrow
     from pyarrow import parquet
   except ImportError as error:
-    raise InputError(
-      f"trace: {path} needs the package pyarrow; install it with: pip install 'apfl_jax[parquet]'"
-    ) from error
+    raise InputError(f"{what} needs the package pyarrow; install it with: pip install 'apfl_jax[parquet]'") from error
+  return pyarrow, parquet
+
+
+def _parquet_rows(path: str | Path, file: BinaryIO) -> Iterator[tuple[int, Sequence[Any]]]:
+  """(row, its cells), first the names of the columns; rows are numbered as if these were a line of their own."""
+  pyarrow, parquet = arrow(f"trace: {path}")
   try:
     table = parquet.ParquetFile(file)
     yield 1, table.schema_arrow.names

@@ -144,7 +144,7 @@ def ap_fl(
     one_standard_error: whether the point of the grid nearest to `lambda_base`, `lambda_head` is taken among those as
       good as the best within a standard error.
     grid_points: coefficients an axis of the grid.
-    rho: weight of the held-out synthetic loss in the choice of coefficients.
+    rho: weight of the held-out synthetic loss in the choice of coefficients, as far as the friend learnt the labels.
     lambda_base: the base's coefficient where 'fixed', and what 'grad', 'layer' and `one_standard_error` lean to: 1 is
       the local model, 0 the friend.
     lambda_head: the head's.

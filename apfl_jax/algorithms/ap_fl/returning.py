@@ -10,10 +10,10 @@ Method 2.8 and 2.9 [O], where the pilots of 8.3 contradict them as these say [P]
           all clients do the same, also those that never took part
 
 Budget parity [O]: local and friend steps are `personal_steps` together, and the local model takes them all where the
-friend is not trained. The friend goes on from the local model, where 2.8 has both start from theta: so no step on real
-data is lost to it, and it knows more of its own classes and of all (experiments/results/ap_fl.md). Steps of
-coefficients by gradient are not among them: they train no weight but two numbers, or one for each layer, and read
-validation examples only. The ledger counts their operations.
+friend is not trained. The friend goes on from the local model, where the reconstruction has both start from theta: so
+no step on real data is lost to it, and it knows more of its own classes and of all (experiments/results/ap_fl.md).
+Steps of coefficients by gradient are not among them: they train no weight but two numbers, or one for each layer, and
+read validation examples only. The ledger counts their operations.
 
 An upload of w_L on return is not here: a client that is there again takes part in rounds as any other.
 """
