@@ -381,7 +381,11 @@ def _trained(config: Config) -> Path | None:
     entry = algorithms.METHODS.get(name) if name != line else None
     here.add(f"--algorithm={entry.rounds_of or name}" if entry else line)
   if differing := sorted(needed - here):
-    raise InputError(f"trained: {there} has other rounds ({differing[0]} differs), accepted is a run with the same")
+    free = [name for name, setting in algorithms.settings(config.algorithm).items() if setting.personal]
+    may = ", ".join(["personal_steps", "judge", *(f"{config.algorithm}_{name}" for name in free)])
+    raise InputError(
+      f"trained: {there} has other rounds ({differing[0]} differs), accepted is a run with the same; free are {may}"
+    )
   return there
 
 
@@ -424,6 +428,8 @@ def _facts(config: Config) -> population.Facts:
   """What the availability processes read besides their rates, but for what clients hold."""
   trace = ()
   if "trace" in config.processes[0]:
+    if not config.trace:
+      print("note: --dropout=trace without --trace: a synthetic sample says who is there", file=sys.stderr)
     table = population.read_trace(config.trace or population.SAMPLE, config.trace_round, config.num_clients)
     trace = jax.tree.map(jnp.asarray, table)
   return population.Facts(
