@@ -228,4 +228,6 @@ def _spec(x: Any) -> str:
   """What something is, in a word or two."""
   if isinstance(x, jax.Array):
     return f"{x.dtype} {list(x.shape)}"
-  return "None" if x is None else f"tuple of {len(x)}" if type(x) is tuple else type(x).__name__
+  if type(x) is tuple:
+    return f"({', '.join(map(_spec, x))})"
+  return "None" if x is None else type(x).__name__

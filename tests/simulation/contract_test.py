@@ -111,7 +111,7 @@ def broken() -> dict[str, tuple[dict[str, Any], str]]:
     ),
     "weight of a pytree": (
       sends(weight=()),
-      "broken: local_update: upload.weight is tuple of 0, accepted is float32 []",
+      "broken: local_update: upload.weight is (), accepted is float32 []",
     ),
     "weight of another dtype": (
       sends(weight=1),
@@ -147,7 +147,7 @@ def broken() -> dict[str, tuple[dict[str, Any], str]]:
     ),
     "features that are none": (
       answers(lambda prediction: prediction._replace(features=())),
-      "broken: predict: features are tuple of 0, accepted is float [B, F], here float32 [5, F]",
+      "broken: predict: features are (), accepted is float [B, F], here float32 [5, F]",
     ),
     "no names": (
       {"describe": lambda model: model.sum()},
@@ -237,5 +237,5 @@ def test_a_job_ends_with_it(clock, monkeypatch, tmp_path):
 
   monkeypatch.setitem(algorithms.METHODS, "my_fedavg", algorithms.Method(my_fedavg, "nobody", "global"))
   options: PyTree = {"dataset": "fast", "model": "mlp", "dropout": "none", "monopolistic_classes": 0}
-  with pytest.raises(InputError, match="local_update: returns tuple of 2, accepted is"):
+  with pytest.raises(InputError, match=r"local_update: returns \(\(\), Params\), accepted is"):
     job.prepare(Config(algorithm="my_fedavg", clock=clock, workdir=str(tmp_path), **options))
