@@ -367,8 +367,9 @@ def define_flags(but: Collection[str] = ()) -> None:
 
 
 def from_flags(**given: Any) -> Config:
-  """The Config that the parsed flags say, but for the fields that are `given`."""
-  values: dict[str, Any] = {f.name: flags.FLAGS[f.name].value for f in fields() if f.name not in given} | given
+  """The Config that the parsed flags say, but for the fields that are `given`; of others without a flag the default."""
+  asked = [field.name for field in fields() if field.name not in given and field.name in flags.FLAGS]
+  values: dict[str, Any] = {name: flags.FLAGS[name].value for name in asked} | given
   of = lambda owner: {name: flags.FLAGS[f"{owner}_{name}"].value for name in algorithms.settings(owner)}
   if values["algorithm"] in algorithms.METHODS:
     values["settings"] = of(values["algorithm"])

@@ -183,6 +183,8 @@ def prepare(
     },
     held_out=held_out,
   )
+  if "trace" in names and not config.trace:
+    print("note: --dropout=trace without --trace: a synthetic sample says who is there", file=sys.stderr)
   shapes_of = lambda inputs, dataset: (
     jax.tree.map(jnp.shape, inputs.settings),
     len(dataset.class_names),
@@ -428,8 +430,6 @@ def _facts(config: Config) -> population.Facts:
   """What the availability processes read besides their rates, but for what clients hold."""
   trace = ()
   if "trace" in config.processes[0]:
-    if not config.trace:
-      print("note: --dropout=trace without --trace: a synthetic sample says who is there", file=sys.stderr)
     table = population.read_trace(config.trace or population.SAMPLE, config.trace_round, config.num_clients)
     trace = jax.tree.map(jnp.asarray, table)
   return population.Facts(

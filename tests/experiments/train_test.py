@@ -49,7 +49,7 @@ def train(*flags: str) -> subprocess.CompletedProcess[str]:
 def numbers(workdir: Path) -> dict:
   """All that the seed determines."""
   summary = json.loads((workdir / "summary.json").read_text())
-  for name in ("seconds", "compile_seconds", "peak_memory_bytes", "planned_memory_bytes"):
+  for name in ("seconds", "compile_seconds", "peak_memory_bytes", "planned_memory_bytes", "rounds_of"):
     del summary[name]
   with np.load(workdir / "arrays.npz") as file:
     arrays = {name: file[name].tobytes() for name in file}
@@ -216,6 +216,7 @@ def test_the_rounds_of_another_run_give_the_same_bits(finished, tmp_path):
     result = train(f"--workdir={tmp_path}/{name}", *TINY, *other, *more)
     assert result.returncode == 0, result.stderr
   assert numbers(tmp_path / "shared") == numbers(tmp_path / "alone") != numbers(finished[0])
+  assert json.loads((tmp_path / "shared" / "summary.json").read_text())["rounds_of"] == finished[0].name
   rounds = [json.loads(line)["round"] for line in (tmp_path / "shared" / "timings.jsonl").read_text().splitlines()]
   assert rounds.count(8) == 3  # its last chunk, and twice what comes after: no round was computed again
 

@@ -82,7 +82,7 @@ def test_a_virtual_clock_is_refused():
 def test_more_sets_than_there_are_is_refused(monkeypatch):
   """Sets of another size, which chance makes, are passed over."""
   lost = lambda seed: np.isin(np.arange(4), [seed % 4, (seed + 1) % 4, *([2] if seed % 3 == 0 else [])])
-  monkeypatch.setattr(zero_shot.job, "prepare", lambda config: SimpleNamespace(config=config))
+  monkeypatch.setattr(zero_shot.job, "prepare", lambda config, like: SimpleNamespace(config=config))
   monkeypatch.setattr(zero_shot, "_seen", lambda ready: ~lost(ready.config.seed))
   config = lambda seed: SimpleNamespace(seed=seed, monopolistic_classes=2)
   found = list(zero_shot.plan(3, 12, config))
