@@ -150,6 +150,8 @@ class Front(NamedTuple):
 def fronts(methods: Sequence[Front], xlabel: str, ylabel: str) -> bytes:
   """A PNG with a line through the best variants of each method; the others are pale points.
 
+  What is more than 5 points below the best y would hide how the rest differ; a line of text counts it.
+
   Raises:
     InputError: matplotlib is not installed.
   """
@@ -164,7 +166,11 @@ def fronts(methods: Sequence[Front], xlabel: str, ylabel: str) -> bytes:
       axes.plot(x[~best], y[~best], marker, color=color, ms=4, alpha=0.35)
       look: dict[str, Any] = {"marker": marker, "color": color, "ms": 6, "lw": 1.5}
       axes.plot(x[best][order], y[best][order], style, label=method.name, **look)
-    axes.set(xlabel=f"{xlabel} (%)", ylabel=f"{ylabel} (%)")
+    every = 100 * np.concatenate([np.asarray(method.y) for method in methods])
+    low = max(every.min(), every.max() - 5)
+    axes.set(xlabel=f"{xlabel} (%)", ylabel=f"{ylabel} (%)", ylim=(low - 0.3, every.max() + 0.3))
+    if below := int(np.sum(every < low)):
+      axes.set_title(f"{below} more below {low:.0f} %", loc="left", fontsize=9)
     axes.grid()
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9)
     return _png(figure)
