@@ -288,15 +288,16 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   def read(server: Server, samples: Array | None, key: Key) -> unseen.Reading:
     """What the server makes of unseen classes: from real features where it has them, else from samples."""
     known, params = seen(server), answer_of(server)
-    if isinstance(server.statistics.classes, statistics.ByClass):
-      real = server.statistics.classes.mean.features
+    classes = server.statistics.classes
+    if isinstance(classes, statistics.ByClass):
+      real = classes.mean.features
       features, means = unseen.around(real.mean, real.square, _READ_SAMPLES, key), real.mean
     else:
       assert samples is not None
       features = source.features(model, params.base, samples).reshape(_TRUST_SAMPLES, num_classes, -1)
       features = features.transpose(1, 0, 2)
       means = jnp.mean(features, axis=1)
-    return unseen.fit(task, settings.unseen, params.head, features, means, known)
+    return unseen.fit(task, settings.unseen, params.head, features, means, known, real=bool(classes))
 
   def filled(server: Server, key: Key) -> Server:
     """With a bank of the source as it is, if clients download one."""

@@ -4,13 +4,12 @@ model answers with them.
 Method 2.7 [O] as the pilots of 8.1 corrected it [P]: a ridge map from the classes' embeddings to the mean features of
 the seen ones gives prototypes of the others, and images are compared with them by cosine. It needs no generator, only
 mean features, which may come from synthetic samples (tiers S0 and S1) or from real examples (S2). The gate by class of
-2.7 d said nothing there; a table is judged as a whole, by leaving out three seen classes at a time.
+2.7 d said nothing there; a table is judged as a whole: does it find those seen classes alike that the model does?
 
 All are functions of arrays, with `seen` traced. Scores of any kind (cosines, logits) are put in units of the mean gap
 between the best and the second best seen class, so that shifts of different kinds and tables can be compared.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,11 +20,10 @@ import optax
 
 from apfl_jax import training
 from apfl_jax.algorithms.ap_fl.statistics import num_features
-from apfl_jax.metrics import shared_answers
 from apfl_jax.types import Array, Data, Key, Model, Prediction, PyTree, Task
 
 KINDS = ("none", "anchored", "prototypes", "generator_head")
-_TRIPLES = 300  # of classes, left out together; all of them up to 13 classes
+_PERMUTATIONS = 999  # of the table, by which it is judged
 LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
 _HEAD_STEPS = 100  # of head-only training
 _BLOCK = 64  # validation examples by which a client chooses its shift
@@ -147,50 +145,71 @@ def stacking(scores: Array, right: Array, seen: Array, keep: Array | float) -> A
   return jnp.where(jnp.all(seen), 0.0, jnp.where(number > 0, shift, _NEVER))
 
 
-def table_accuracy(embeddings: Array, examples: Array, seen: Array, penalty: Array | float) -> Array:
-  """How well the table tells of seen classes what it is asked of unseen ones, [] in [0, 1].
+def judged_by(model: Model, head: PyTree, means: Array, real: bool) -> Array:
+  """What a table is compared with: where the model puts classes, [C, F].
 
-  Three seen classes are left out, the map is fitted to the means of the others, and examples of the three are told
-  apart by their prototypes alone, ties shared out; the mean over all triples (of more than 13 classes, over 300). A
-  third is chance, and the answer where there is no triple.
+  Real mean features tell most [O]; means of a generator's samples are its own doing, so that without real ones the
+  weights of a free head, which real examples taught, stand in for them. Those of an anchored head are the table's.
+
+  Args:
+    model: the classifier.
+    head: its head's parameters.
+    means: float32 [C, F], mean features of seen classes.
+    real: whether these are of real examples.
+  """
+  if real or model.semantics is not None:
+    return means
+  weights: Array = jax.jacobian(lambda feature: model.head(head, feature[None])[0])(jnp.zeros(means.shape[1]))
+  return weights
+
+
+def table_test(embeddings: Array, places: Array, seen: Array) -> Array:
+  """Whether the table says of seen classes what the model knows of them: the p-value of a Mantel test, [] in (0, 1].
+
+  The correlation over pairs of seen classes of the cosines of their embeddings with those of their places, both centred
+  over seen classes, against 999 tables in which the seen classes have changed places (Mantel 1967 [M]). A table that
+  says nothing falls below p in a share p of all cases, whatever the number of classes; of three or fewer none can be
+  told from chance, and one in which all pairs are alike (onehot) has 1.
 
   Args:
     embeddings: float32 [C, D].
-    examples: float32 [C, n, F], features of each class; rows of unseen classes mean nothing.
+    places: float32 [C, F], see `judged_by`; rows of unseen classes mean nothing.
     seen: bool [C].
-    penalty: see `prototypes`.
   """
   num_classes = len(embeddings)
-  every = list(itertools.combinations(range(num_classes), 3))
-  some = np.random.default_rng(0).permutation(len(every))[:_TRIPLES]
-  triples = jnp.asarray(np.array(every, np.int32).reshape(-1, 3)[np.sort(some)])
-  means = jnp.mean(examples, axis=1)
+  pairs = seen[:, None] & seen & ~jnp.eye(num_classes, dtype=bool)
 
-  def one(triple):
-    left = seen.at[triple].set(False)
-    found = prototypes(embeddings, means, left, penalty)
-    scores = cosine_scores(examples[triple], found._replace(direction=found.direction[triple]))  # [3, n, 3]
-    answers = shared_answers(scores, jnp.ones(3, bool))
-    return jnp.mean(jnp.trace(answers, axis1=0, axis2=2)) / 3
+  def cosines(rows: Array) -> Array:
+    """[C, C] over pairs, of mean 0 and norm 1; 0 where all are alike."""
+    rows = jnp.where(seen[:, None], rows, 0.0)
+    rows = rows - jnp.where(seen[:, None], jnp.sum(rows, axis=0) / jnp.maximum(jnp.sum(seen), 1), 0.0)
+    rows = rows * jax.lax.rsqrt(jnp.sum(rows**2, axis=1, keepdims=True) + 1e-12)
+    found = jnp.where(pairs, rows @ rows.T, 0.0)
+    found = jnp.where(pairs, found - jnp.sum(found) / jnp.maximum(jnp.sum(pairs), 1), 0.0)
+    norm = jnp.linalg.norm(found)
+    return jnp.where(norm > 1e-4, found / jnp.where(norm > 1e-4, norm, 1.0), 0.0)
 
-  known = jnp.all(seen[triples], axis=1)
-  right = jnp.sum(jnp.where(known, jax.vmap(one)(triples), 0.0))
-  return jnp.where(jnp.any(known), right / jnp.maximum(jnp.sum(known), 1), 1.0 / 3.0)
+  table, model = cosines(embeddings), cosines(places)
+  ranks = np.random.default_rng(0).random((_PERMUTATIONS, num_classes), np.float32)
+  slots = jnp.argsort(~seen)  # seen classes first
+
+  def one(rank: Array) -> Array:
+    order = jnp.zeros(num_classes, int).at[slots].set(slots[jnp.argsort(jnp.where(seen[slots], rank, jnp.inf))])
+    return jnp.sum(table[order][:, order] * model)
+
+  chance = jax.lax.map(one, jnp.asarray(ranks), batch_size=_PERMUTATIONS // 9)
+  as_good = jnp.sum(chance >= jnp.sum(table * model) - 1e-5)
+  return (1.0 + as_good) / (1.0 + _PERMUTATIONS)
 
 
-def table_trust(accuracy: Array) -> Array:
-  """Trust in [0, 1]: how far an accuracy among three is above chance (method 8.1)."""
-  return jnp.maximum(0.0, (accuracy - 1.0 / 3.0) / (2.0 / 3.0))
-
-
-def read(raw: Array, seen: Array, source: PyTree, accuracy: Array, settings: Settings) -> Reading:
+def read(raw: Array, seen: Array, source: PyTree, chance: Array, settings: Settings) -> Reading:
   """Unit and shift from examples of seen classes.
 
   Args:
     raw: float32 [C, n, C], the scores of n examples of each class; rows of unseen classes mean nothing.
     seen: bool [C].
     source: see `Reading`.
-    accuracy: [], of the table, see `table_accuracy`.
+    chance: [], of the table, see `table_test`.
     settings: the gate and the share to keep.
   """
   label = jnp.repeat(jnp.arange(len(seen)), raw.shape[1])
@@ -199,7 +218,7 @@ def read(raw: Array, seen: Array, source: PyTree, accuracy: Array, settings: Set
   unit = gap(raw, mask, seen)
   right = mask & (jnp.argmax(jnp.where(seen, raw, -jnp.inf), axis=-1) == label)
   shift = stacking(raw / unit, right, seen, settings.keep)
-  return Reading(source, unit, shift, accuracy >= settings.gate)
+  return Reading(source, unit, shift, chance <= settings.gate)
 
 
 def head_on_samples(model: Model, head: PyTree, features: Array, steps: int) -> PyTree:
@@ -247,7 +266,9 @@ def answer(logits: Array, scores: Array, seen: Array, shift: Array, trusted: Arr
 # --- in AP-FL ---------------------------------------------------------------------------------------------------------
 
 
-def fit(task: Task, settings: Settings, head: PyTree, features: Array, means: Array, seen: Array) -> Reading:
+def fit(
+  task: Task, settings: Settings, head: PyTree, features: Array, means: Array, seen: Array, *, real: bool
+) -> Reading:
   """What the server learns of unseen classes from its global model, without any example of them.
 
   Args:
@@ -258,8 +279,9 @@ def fit(task: Task, settings: Settings, head: PyTree, features: Array, means: Ar
       classes are read by the kind 'generator_head' alone.
     means: float32 [C, F], mean features of seen classes.
     seen: bool [C].
+    real: whether means are of real examples.
   """
-  accuracy = table_accuracy(task.embeddings, features, seen, settings.penalty)
+  chance = table_test(task.embeddings, judged_by(task.model, head, means, real), seen)
   if settings.kind == "prototypes":
     source: PyTree = prototypes(task.embeddings, means, seen, settings.penalty)
     raw = cosine_scores(features, source)
@@ -269,7 +291,7 @@ def fit(task: Task, settings: Settings, head: PyTree, features: Array, means: Ar
     raw = task.model.head(source, features[:, 1::2])
   else:
     source, raw = (), task.model.head(head, features)
-  return read(raw, seen, source, accuracy, settings)
+  return read(raw, seen, source, chance, settings)
 
 
 def around(mean: Array, square: Array, count: int, key: Key) -> Array:
@@ -290,7 +312,7 @@ def nothing_read(task: Task, settings: Settings, head: PyTree) -> Reading:
   """A reading of the right shapes that answers with no unseen class."""
   blank = jnp.zeros((task.num_classes, 2, num_features(task)))
   nobody = jnp.zeros(task.num_classes, bool)
-  shapes = jax.eval_shape(lambda head: fit(task, settings, head, blank, blank[:, 0], nobody), head)
+  shapes = jax.eval_shape(lambda head: fit(task, settings, head, blank, blank[:, 0], nobody, real=True), head)
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(unit=jnp.ones(()))
 
 
