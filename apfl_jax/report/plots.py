@@ -213,7 +213,7 @@ class Panel(NamedTuple):
 
 
 def curves(panels: Sequence[Panel]) -> bytes:
-  """A PNG of panels side by side: each run a thin line, and a thick one through the mean where runs share their x.
+  """A PNG of panels side by side: each run a line, or runs of one name thin ones and a thick one, their mean.
 
   Raises:
     InputError: matplotlib is not installed.
@@ -224,14 +224,13 @@ def curves(panels: Sequence[Panel]) -> bytes:
     names = list(dict.fromkeys(curve.name for panel in panels for curve in panel.curves))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
       for name in dict.fromkeys(curve.name for curve in panel.curves):
-        i, some = names.index(name), [curve for curve in panel.curves if curve.name == name]
+        i, some = names.index(name), [curve for curve in panel.curves if curve.name == name and len(curve.x)]
         look: dict[str, Any] = {"color": _COLORS[i % len(_COLORS)], "ls": ("-", "--", ":")[i // len(_COLORS) % 3]}
-        shared = len(some) > 1 and all(list(curve.x) == list(some[0].x) for curve in some)
-        for number, curve in enumerate(some):
-          label = name if number == 0 and not shared else None
-          axes.plot(curve.x, curve.y, lw=0.8 if shared else 1.4, alpha=0.35 if shared else 0.85, label=label, **look)
-        if shared:
-          axes.plot(some[0].x, np.mean([curve.y for curve in some], axis=0), lw=2.2, label=name, **look)
+        if len(some) > 1:
+          for curve in some:
+            axes.plot(curve.x, curve.y, lw=0.7, alpha=0.3, **look)
+        if some:
+          axes.plot(*mean_curve(some), lw=2.2, label=name, **look)
       for number, (name, (start, end)) in enumerate(panel.spans.items()):
         axes.axvspan(start, end, color=_ABSENT, alpha=(0.0, 0.8)[number % 2], lw=0)
         axes.text((start + end) / 2, 1.01, name, transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
@@ -246,6 +245,14 @@ def curves(panels: Sequence[Panel]) -> bytes:
       if panel.curves:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=8)
     return _png(figure)
+
+
+def mean_curve(some: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+  """(x, y) of the mean of curves with rising x, where all of them are; between their points they are straight."""
+  xs = np.unique(np.concatenate([np.asarray(curve.x, float) for curve in some]))
+  start, end = max(min(curve.x) for curve in some), min(max(curve.x) for curve in some)
+  xs = xs[(start <= xs) & (xs <= end)]
+  return xs, np.mean([np.interp(xs, curve.x, curve.y) for curve in some], axis=0)
 
 
 @contextlib.contextmanager
