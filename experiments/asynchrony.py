@@ -421,7 +421,7 @@ def _told_life(done: Done) -> str:
 _AWAY_SHARE = 0.6
 _NOBODY_AWAY = {"dropout": "none", "monopolistic_classes": 0}
 _COLD = {"dropout": "cold", "drop_rate": str(_AWAY_SHARE), "monopolistic_classes": 0}
-_ONE_BY_ONE = {"ap_fl_mixing": 0.5, "ap_fl_staleness_exponent": 0.5, "clock": "asynchronous"}
+_ONE_BY_ONE = {"ap_fl_mixing": 0.5, "ap_fl_staleness_exponent": 0.5}
 _MASK = {"softmax_mask": "present"}
 _HEAVY = {"speed": "pareto", "speed_spread": 1.0}
 _BUFFER = {"clock": "asynchronous", "fedbuff_buffer_size": 5}
@@ -437,21 +437,21 @@ PARTS = {
     _target,
   ),
   "return": Part(
-    {"speed": "lognormal", "bandwidth": 1e5, "eval_every": 0, "personalize_every": 10},
+    _ONE_BY_ONE | {"speed": "lognormal", "bandwidth": 1e5, "eval_every": 0, "personalize_every": 10},
     {
-      _AWAY: of("ap_fl", **_ONE_BY_ONE, **_COLD),
-      _TWIN: of("ap_fl", **_ONE_BY_ONE, **_NOBODY_AWAY),
+      _AWAY: of("ap_fl", clock="asynchronous", **_COLD),
+      _TWIN: of("ap_fl", clock="asynchronous", **_NOBODY_AWAY),
       _ROUNDS: of("fedavg", clock="synchronous", **_COLD),
     },
     _return,
   ),
   "life": Part(
-    _HEAVY | {"monopolistic_classes": 0, "dropout": "trace", "rounds": 60, "eval_every": 2},
+    _ONE_BY_ONE | _HEAVY | {"monopolistic_classes": 0, "dropout": "trace", "rounds": 60, "eval_every": 2},
     {
       _BUFFERED: of("fedbuff", **_BUFFER),
       f"{_BUFFERED}+mask": of("fedbuff", **_BUFFER, **_MASK),
-      "ap_fl+mask": of("ap_fl", **_ONE_BY_ONE, **_MASK),
-      _KEEPING: of("ap_fl", ap_fl_memory="average", **_ONE_BY_ONE, **_MASK),
+      "ap_fl+mask": of("ap_fl", clock="asynchronous", **_MASK),
+      _KEEPING: of("ap_fl", ap_fl_memory="average", clock="asynchronous", **_MASK),
     },
     _life,
   ),
