@@ -52,7 +52,7 @@ class Scoring(NamedTuple):
 
   ap_fl_unseen_penalty: float = 0.3
   ap_fl_unseen_keep: float = 0.8
-  ap_fl_unseen_gate: float = 0.05
+  ap_fl_unseen_p_value: float = 0.05
   embedding_influence: float = 1.0
   embedding_whitening: bool = False
 
@@ -144,15 +144,15 @@ def _features(ready: job.Job, server: PyTree) -> Base:
     return joined.features, joined.logits
 
   key = random.key(ready.config.seed, random.Purpose.REPORT)
-  known = isinstance(server.statistics.classes, ap_fl.ByClass)
-  if known:
+  measured = isinstance(server.statistics.classes, ap_fl.ByClass)
+  if measured:
     real = server.statistics.classes.mean.features
     means, examples = np.asarray(real.mean), np.asarray(unseen.around(real.mean, real.square, _EXAMPLES, key))
   else:
     images = np.asarray(ap_fl.samples(task, server, key, _EXAMPLES))
     examples = features(images.reshape(-1, *images.shape[2:]))[0].reshape(num_classes, _EXAMPLES, -1)
     means = examples.mean(1)
-  places = np.asarray(unseen.judged_by(task.model, server.params.head, jnp.asarray(means), known))
+  places = np.asarray(unseen.judged_by(task.model, server.params.head, jnp.asarray(means), real=measured))
   span = ready.inputs.pooled
   pooled = np.asarray(store.index)[int(span.start) : int(span.start) + int(span.size)]
   test, logits = features(np.asarray(store.images)[pooled] / np.float32(255))
@@ -184,9 +184,9 @@ def kept(path: Path, ready: job.Job) -> Base:
 def _judge(table: jax.Array, base: Any, penalty: float, keep: float) -> dict[str, jax.Array]:
   seen = base.seen
   found = unseen.prototypes(table, base.means, seen, penalty)
-  chance = unseen.table_test(table, base.places, seen)
+  p_value = unseen.table_test(table, base.places, seen)
   raw = unseen.cosine_scores(base.examples, found)
-  reading = unseen.read(raw, seen, found, chance, unseen.Settings("prototypes", 1.0, keep, penalty))
+  reading = unseen.read(raw, seen, found, p_value, unseen.Settings("prototypes", 1.0, keep, penalty))
   scores = unseen.cosine_scores(base.test, found) / reading.unit
   everything = jnp.ones_like(seen)
 
@@ -200,7 +200,7 @@ def _judge(table: jax.Array, base: Any, penalty: float, keep: float) -> dict[str
     "unshifted": counts(0.0, everything),
     "restricted": counts(0.0, ~seen),
     "shift": reading.shift,
-    "chance": chance,
+    "p_value": p_value,
   }
 
 
@@ -216,7 +216,7 @@ def score(base: Base, table: np.ndarray, scoring: Scoring) -> dict[str, float]:
   return measured | {
     "unshifted_harmonic_mean": before["harmonic_mean"],
     "seen_accuracy_without": float(np.mean(without[mine] == base.test_labels[mine])),
-    **{name: float(found[name]) for name in ("shift", "chance")},
+    **{name: float(found[name]) for name in ("shift", "p_value")},
   }
 
 
@@ -252,7 +252,7 @@ _COLUMNS = {
 }
 
 
-def summed(rows: list[dict[str, Any]], gate: float) -> list[dict[str, Any]]:
+def summed(rows: list[dict[str, Any]], largest: float) -> list[dict[str, Any]]:
   """For each tier and table: means over triples with standard errors, and differences from the controls in pairs."""
   seeds = list(dict.fromkeys(row["seed"] for row in rows))
 
@@ -264,11 +264,11 @@ def summed(rows: list[dict[str, Any]], gate: float) -> list[dict[str, Any]]:
   result = []
   for tier, kind in dict.fromkeys((row["tier"], row["embeddings"]) for row in rows):
     entry: dict[str, Any] = {"tier": tier, "embeddings": kind, "triples": len(seeds)}
-    for name in (*_COLUMNS, "seen_accuracy_without", "chance"):
+    for name in (*_COLUMNS, "seen_accuracy_without", "p_value"):
       values = by_triple(tier, kind, name)
       error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
       entry[name] = {"mean": statistics.fmean(values), "error": error}
-    passed = [row["chance"] <= gate for row in rows if (row["tier"], row["embeddings"]) == (tier, kind)]
+    passed = [row["p_value"] <= largest for row in rows if (row["tier"], row["embeddings"]) == (tier, kind)]
     entry["passes"] = statistics.fmean(passed)
     for control in _CONTROLS:
       if kind not in _CONTROLS and any(row["embeddings"] == control for row in rows):
@@ -383,7 +383,7 @@ def main(arguments: Sequence[str]) -> None:
     "commit": str(job.commit()),
     "versions": ", ".join(f"{name} {version}" for name, version in job.versions().items()),
   }
-  summary = summed(rows, scoring.ap_fl_unseen_gate)
+  summary = summed(rows, scoring.ap_fl_unseen_p_value)
   text = _markdown(summary, facts, scoring)
   written = json.dumps({"facts": facts, "summary": summary, "rows": rows}, indent=1) + "\n"
   for file, content in (("board.json", written), ("board.md", text)):

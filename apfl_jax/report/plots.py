@@ -213,7 +213,9 @@ class Panel(NamedTuple):
 
 
 def curves(panels: Sequence[Panel]) -> bytes:
-  """A PNG of panels side by side: each run a line, or runs of one name thin ones and a thick one, their mean.
+  """A PNG of panels side by side: a thick line for each name, the mean of its runs, which are thin beside it.
+
+  Runs of different length have no mean and are all drawn alike.
 
   Raises:
     InputError: matplotlib is not installed.
@@ -226,11 +228,12 @@ def curves(panels: Sequence[Panel]) -> bytes:
       for name in dict.fromkeys(curve.name for curve in panel.curves):
         i, some = names.index(name), [curve for curve in panel.curves if curve.name == name and len(curve.x)]
         look: dict[str, Any] = {"color": _COLORS[i % len(_COLORS)], "ls": ("-", "--", ":")[i // len(_COLORS) % 3]}
-        if len(some) > 1:
-          for curve in some:
-            axes.plot(curve.x, curve.y, lw=0.7, alpha=0.3, **look)
-        if some:
-          axes.plot(*mean_curve(some), lw=2.2, label=name, **look)
+        mean = mean_curve(some)
+        for number, curve in enumerate(some):
+          label = name if number == 0 and mean is None else None
+          axes.plot(curve.x, curve.y, lw=0.7 if mean else 1.4, alpha=0.3 if mean else 0.85, label=label, **look)
+        if mean:
+          axes.plot(mean.x, mean.y, lw=2.2, label=name, **look)
       for number, (name, (start, end)) in enumerate(panel.spans.items()):
         axes.axvspan(start, end, color=_ABSENT, alpha=(0.0, 0.8)[number % 2], lw=0)
         axes.text((start + end) / 2, 1.01, name, transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
@@ -247,12 +250,12 @@ def curves(panels: Sequence[Panel]) -> bytes:
     return _png(figure)
 
 
-def mean_curve(some: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-  """(x, y) of the mean of curves with rising x, where all of them are; between their points they are straight."""
-  xs = np.unique(np.concatenate([np.asarray(curve.x, float) for curve in some]))
-  start, end = max(min(curve.x) for curve in some), min(max(curve.x) for curve in some)
-  xs = xs[(start <= xs) & (xs <= end)]
-  return xs, np.mean([np.interp(xs, curve.x, curve.y) for curve in some], axis=0)
+def mean_curve(some: Sequence[Curve]) -> Curve | None:
+  """Of runs with as many points, measured in the same rounds at different times: the mean point by point."""
+  if len({len(curve.x) for curve in some}) != 1:
+    return None
+  mean = lambda values: np.mean(np.asarray(values, float), axis=0).tolist()
+  return Curve(some[0].name, mean([curve.x for curve in some]), mean([curve.y for curve in some]))
 
 
 @contextlib.contextmanager

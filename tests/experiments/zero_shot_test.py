@@ -117,8 +117,8 @@ def test_tables_that_say_something_beat_those_that_do_not():
   assert best["restricted_accuracy"] > 0.8 and best["harmonic_mean"] > 0.5
   assert best["seen_accuracy"] == pytest.approx(0.8 * best["seen_accuracy_without"], abs=0.12)
   assert control["restricted_accuracy"] == pytest.approx(1 / 3, abs=1e-6)
-  assert best["chance"] < 0.01 and control["chance"] == 1.0
-  entry = next(e for e in zero_shot.summed(rows, gate=0.05) if e["embeddings"] == "attributes")
+  assert best["p_value"] < 0.01 and control["p_value"] == 1.0
+  entry = next(e for e in zero_shot.summed(rows, largest=0.05) if e["embeddings"] == "attributes")
   random = np.mean([row["restricted_accuracy"] for row in rows if row["embeddings"] == "random"])
   ahead = entry["restricted_accuracy less random"]
   assert ahead["mean"] == pytest.approx(best["restricted_accuracy"] - random)
@@ -136,10 +136,10 @@ def test_tables_that_say_something_beat_those_that_do_not():
 def test_the_board_is_a_table_with_errors_over_sets():
   base = dict.fromkeys((*zero_shot._COLUMNS, "seen_accuracy_without", "shift"), 0.5)
   rows = [
-    base | {"seed": seed, "tier": "s2", "embeddings": kind, "draw": 0, "restricted_accuracy": r, "chance": 1 - r}
+    base | {"seed": seed, "tier": "s2", "embeddings": kind, "draw": 0, "restricted_accuracy": r, "p_value": 1 - r}
     for seed, kind, r in [(0, "onehot", 1 / 3), (1, "onehot", 1 / 3), (0, "attributes", 0.5), (1, "attributes", 0.7)]
   ]
-  grid = zero_shot.grid(zero_shot.summed(rows, gate=0.4))
+  grid = zero_shot.grid(zero_shot.summed(rows, largest=0.4))
   lines = {row[0]: row[1:] for row in grid.rows}
   assert list(lines) == ["tier s2", "onehot", "attributes"]
   assert lines["attributes"][0] == "60.0 ± 10.0" and lines["attributes"][5] == "50"

@@ -58,7 +58,7 @@ def ap_fl(
   lambda_memory: Weight = 1.0,
   mask_softmax: bool = True,
   unseen: Annotated[str, Limits(choices=KINDS)] = "none",
-  unseen_gate: Share = 0.05,
+  unseen_p_value: Share = 0.05,
   unseen_keep: Share = 0.8,
   unseen_penalty: Positive = 0.3,
   mixing: Share = 1.0,
@@ -120,8 +120,8 @@ def ap_fl(
     unseen: how models answer with classes that nobody taught, if the table of classes is trusted: 'none', never;
       'prototypes', by cosine with prototypes that a ridge map makes of embeddings (8.1); 'anchored', by their anchored
       logits (2.7 a); 'generator_head', by those of the global model's head after training on samples (2.7 b).
-    unseen_gate: p-value, at most, at which the table is trusted: how often a table with seen classes interchanged would
-      find those alike that the model does.
+    unseen_p_value: the largest at which the table is trusted, 1 for always: the share of tables with seen classes
+      interchanged that find those alike that the model does.
     unseen_keep: share of its accuracy on seen classes that the global model keeps when it answers so.
     unseen_penalty: of the ridge map.
     mixing: alpha, what the server takes of an update that is not stale.
@@ -221,7 +221,7 @@ def ap_fl(
       mixing=mixing,
       staleness_exponent=staleness_exponent,
       keep_models=friend == "peer",
-      unseen=UnseenSettings(unseen, unseen_gate, unseen_keep, unseen_penalty),
+      unseen=UnseenSettings(unseen, unseen_p_value, unseen_keep, unseen_penalty),
     ),
   )
   settings = returning.Settings(

@@ -290,14 +290,15 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     known, params = seen(server), answer_of(server)
     classes = server.statistics.classes
     if isinstance(classes, statistics.ByClass):
-      real = classes.mean.features
-      features, means = unseen.around(real.mean, real.square, _READ_SAMPLES, key), real.mean
+      measured, real = classes.mean.features, True
+      features, means = unseen.around(measured.mean, measured.square, _READ_SAMPLES, key), measured.mean
     else:
+      real = False
       assert samples is not None
       features = source.features(model, params.base, samples).reshape(_TRUST_SAMPLES, num_classes, -1)
       features = features.transpose(1, 0, 2)
       means = jnp.mean(features, axis=1)
-    return unseen.fit(task, settings.unseen, params.head, features, means, known, real=bool(classes))
+    return unseen.fit(task, settings.unseen, params.head, features, means, known, real=real)
 
   def filled(server: Server, key: Key) -> Server:
     """With a bank of the source as it is, if clients download one."""

@@ -24,6 +24,7 @@ from apfl_jax.types import Array, Data, Key, Model, Prediction, PyTree, Task
 
 KINDS = ("none", "anchored", "prototypes", "generator_head")
 _PERMUTATIONS = 999  # of the table, by which it is judged
+_AT_ONCE = 111  # of them: each is [C, C]
 LEFT_OUT = 1000.0  # what the logits of classes left out are lowered by
 _HEAD_STEPS = 100  # of head-only training
 _BLOCK = 64  # validation examples by which a client chooses its shift
@@ -34,7 +35,7 @@ class Settings(NamedTuple):
   """Those settings of `ap_fl` that concern unseen classes; they are explained there."""
 
   kind: str
-  gate: Array | float
+  p_value: Array | float
   keep: Array | float
   penalty: Array | float
 
@@ -145,17 +146,21 @@ def stacking(scores: Array, right: Array, seen: Array, keep: Array | float) -> A
   return jnp.where(jnp.all(seen), 0.0, jnp.where(number > 0, shift, _NEVER))
 
 
-def judged_by(model: Model, head: PyTree, means: Array, real: bool) -> Array:
-  """What a table is compared with: where the model puts classes, [C, F].
+def judged_by(model: Model, head: PyTree, means: Array, *, real: bool) -> Array:
+  """What a table is compared with: where the model puts classes.
 
   Real mean features tell most [O]; means of a generator's samples are its own doing, so that without real ones the
-  weights of a free head, which real examples taught, stand in for them. Those of an anchored head are the table's.
+  weights of a free head, which real examples taught, stand in for them. Those of an anchored or cosine head are the
+  table's own, so that there it is the samples after all.
 
   Args:
     model: the classifier.
     head: its head's parameters.
     means: float32 [C, F], mean features of seen classes.
     real: whether these are of real examples.
+
+  Returns:
+    float32 [C, F].
   """
   if real or model.semantics is not None:
     return means
@@ -168,8 +173,9 @@ def table_test(embeddings: Array, places: Array, seen: Array) -> Array:
 
   The correlation over pairs of seen classes of the cosines of their embeddings with those of their places, both centred
   over seen classes, against 999 tables in which the seen classes have changed places (Mantel 1967 [M]). A table that
-  says nothing falls below p in a share p of all cases, whatever the number of classes; of three or fewer none can be
-  told from chance, and one in which all pairs are alike (onehot) has 1.
+  says nothing gets p or less in at most a share p of all cases; one in which all pairs are alike (onehot) has 1. At .05
+  none of three classes can pass and of four hardly one. Places under an anchored or cosine head were trained towards
+  the table, which makes p too small there.
 
   Args:
     embeddings: float32 [C, D].
@@ -197,20 +203,20 @@ def table_test(embeddings: Array, places: Array, seen: Array) -> Array:
     order = jnp.zeros(num_classes, int).at[slots].set(slots[jnp.argsort(jnp.where(seen[slots], rank, jnp.inf))])
     return jnp.sum(table[order][:, order] * model)
 
-  chance = jax.lax.map(one, jnp.asarray(ranks), batch_size=_PERMUTATIONS // 9)
-  as_good = jnp.sum(chance >= jnp.sum(table * model) - 1e-5)
+  others = jax.lax.map(one, jnp.asarray(ranks), batch_size=_AT_ONCE)
+  as_good = jnp.sum(others >= jnp.sum(table * model) - 1e-5)
   return (1.0 + as_good) / (1.0 + _PERMUTATIONS)
 
 
-def read(raw: Array, seen: Array, source: PyTree, chance: Array, settings: Settings) -> Reading:
+def read(raw: Array, seen: Array, source: PyTree, p_value: Array, settings: Settings) -> Reading:
   """Unit and shift from examples of seen classes.
 
   Args:
     raw: float32 [C, n, C], the scores of n examples of each class; rows of unseen classes mean nothing.
     seen: bool [C].
     source: see `Reading`.
-    chance: [], of the table, see `table_test`.
-    settings: the gate and the share to keep.
+    p_value: [], the table's, see `table_test`.
+    settings: the largest p-value and the share to keep.
   """
   label = jnp.repeat(jnp.arange(len(seen)), raw.shape[1])
   raw = raw.reshape(-1, len(seen))
@@ -218,7 +224,7 @@ def read(raw: Array, seen: Array, source: PyTree, chance: Array, settings: Setti
   unit = gap(raw, mask, seen)
   right = mask & (jnp.argmax(jnp.where(seen, raw, -jnp.inf), axis=-1) == label)
   shift = stacking(raw / unit, right, seen, settings.keep)
-  return Reading(source, unit, shift, chance <= settings.gate)
+  return Reading(source, unit, shift, p_value <= settings.p_value)
 
 
 def head_on_samples(model: Model, head: PyTree, features: Array, steps: int) -> PyTree:
@@ -281,7 +287,7 @@ def fit(
     seen: bool [C].
     real: whether means are of real examples.
   """
-  chance = table_test(task.embeddings, judged_by(task.model, head, means, real), seen)
+  p_value = table_test(task.embeddings, judged_by(task.model, head, means, real=real), seen)
   if settings.kind == "prototypes":
     source: PyTree = prototypes(task.embeddings, means, seen, settings.penalty)
     raw = cosine_scores(features, source)
@@ -291,7 +297,7 @@ def fit(
     raw = task.model.head(source, features[:, 1::2])
   else:
     source, raw = (), task.model.head(head, features)
-  return read(raw, seen, source, chance, settings)
+  return read(raw, seen, source, p_value, settings)
 
 
 def around(mean: Array, square: Array, count: int, key: Key) -> Array:
