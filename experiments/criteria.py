@@ -552,6 +552,8 @@ def _front_variants(few: bool) -> dict[Variant, tuple[str, str]]:
     for rho in (0.0, 0.1, 0.3, 1.0):
       changes = {} if rho == 0.3 else {"ap_fl_rho": rho}
       found[of("ap_fl", **changes, **common)] = ("ap_fl", f"rho {rho:g}{end}")
+    for weight in (0.1, 0.3, 0.5, 1.0):
+      found[of("ap_fl", ap_fl_proximal_weight=weight, **common)] = ("ap_fl", f"proximal {weight:g}{end}")
     found[of("ap_fl", **_friend_alone(), **common)] = ("ap_fl", f"friend{end}")
     for source in _SOURCES:
       found[of("ap_fl", **_SOURCES[source], **common)] = (f"ap_fl, {source.replace('_', ' ')}", f"rho 0.3{end}")

@@ -9,7 +9,6 @@ model is averaged by `--weighting`; the paper leaves its solver open.
 """
 
 import jax
-import optax
 
 from apfl_jax import training
 from apfl_jax.algorithms.fedavg import fedavg
@@ -25,16 +24,11 @@ def ditto(task: Task, *, proximal_weight: Weight = 0.1) -> Algorithm:
     proximal_weight: lambda; 0 is local training alone.
   """
   loss = training.classification_loss(task)
-
-  def personal_loss(shared):
-    def near(params, batch):
-      return loss(params, batch) + 0.5 * proximal_weight * optax.tree.norm(optax.tree.sub(params, shared), squared=True)
-
-    return near
+  near_to = lambda shared: training.proximal(loss, shared, proximal_weight)
 
   def local_update(download, client, data, visit, key):
     shared = download.shared
-    near = personal_loss(shared)
+    near = near_to(shared)
     both = lambda models, batch: loss(models[0], batch) + near(models[1], batch)
     steps = training.num_steps(task.sgd, data.train.size, visit.work)
     params, client = training.local_sgd(task, both, (shared, client), data, steps, key)
@@ -43,7 +37,7 @@ def ditto(task: Task, *, proximal_weight: Weight = 0.1) -> Algorithm:
 
   def personalize(download, client, data, visit, key):
     del visit
-    return training.fine_tune(task, personal_loss(download.shared), client, data, task.sgd.personal_steps, key)
+    return training.fine_tune(task, near_to(download.shared), client, data, task.sgd.personal_steps, key)
 
   return fedavg(task)._replace(
     local_update=local_update,

@@ -27,11 +27,8 @@ def fedprox(task: Task, *, mu: Weight = 0.1) -> Algorithm:
 
   def local_update(download, client, data, visit, key):
     start = download.shared
-    held = lambda params, batch: (
-      loss(params, batch) + 0.5 * mu * optax.tree.norm(optax.tree.sub(params, start), squared=True)
-    )
     steps = training.num_steps(task.sgd, data.train.size, visit.work)
-    params = training.local_sgd(task, held, start, data, steps, key)
+    params = training.local_sgd(task, training.proximal(loss, start, mu), start, data, steps, key)
     return client, Upload(update=optax.tree.sub(params, start), weight=training.weight(task.sgd, data.train.size))
 
   return fedavg(task)._replace(local_update=local_update)

@@ -6,7 +6,7 @@ From the downloaded w_0 = w, over Q local steps w_{q+1} = w_q - eta g:
   B (MAML):  g = (I - alpha grad2 f(w_q; D'')) grad f(w_q - alpha grad f(w_q; D'); D)
   C (ME):    g = lambda (w_q - theta),  theta ~ argmin f(theta; D) + lambda / 2 |theta - w_q|^2 by K gradient steps
   server:    w <- w + beta s(tau) (w_Q - w_0) at each arrival, tau versions after its download
-  personal:  A: w, fine-tuned; B: w after a step of rate alpha; C: theta around w, which `pfedme` lets move first where
+  personal:  A, B: w after a step of rate alpha; C: theta around w, which `pfedme` lets move first where
              there are steps for that
 
 No code was found; the equations are recalled [M]. The server takes whatever arrived together as a mean (by
@@ -26,7 +26,7 @@ import jax
 from apfl_jax import training
 from apfl_jax.algorithms import staleness
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
-from apfl_jax.algorithms.per_fedavg import per_fedavg
+from apfl_jax.algorithms.per_fedavg import per_fedavg, with_rate
 from apfl_jax.algorithms.pfedme import pfedme
 from apfl_jax.settings import Limits, Positive, Weight
 from apfl_jax.types import Algorithm, Task, Upload
@@ -53,14 +53,14 @@ def persafl(
     option: 'a' plain, 'b' MAML, 'c' Moreau envelope.
     server_learning_rate: beta.
     staleness_power: exponent of the discount for staleness; 0 is none.
-    alpha: B's inner rate, in units of the learning rate.
+    alpha: rate of B's inner step and of A's and B's personal ones, in units of the learning rate.
     first_order: B without the Hessian.
     envelope_weight: C's lambda.
     inner_steps: C's K.
     inner_learning_rate: of C's steps; times `envelope_weight` it must stay below 2.
   """
   synchronous = {
-    "a": lambda: fedavg_ft(task),
+    "a": lambda: fedavg_ft(task)._replace(personalize=fedavg_ft(with_rate(task, alpha)).personalize),
     "b": lambda: per_fedavg(task, alpha=alpha, first_order=first_order),
     "c": lambda: pfedme(
       task, inner_steps=inner_steps, inner_learning_rate=inner_learning_rate, envelope_weight=envelope_weight

@@ -18,7 +18,6 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from apfl_jax import training
 from apfl_jax.algorithms.fedavg import fedavg
@@ -99,8 +98,5 @@ def proximal_point(
     learning_rate: float32 [].
     envelope_weight: lambda, float32 [].
   """
-
-  def enveloped(theta, step):
-    return loss(theta, step) + 0.5 * envelope_weight * optax.tree.norm(optax.tree.sub(theta, centre), squared=True)
-
+  enveloped = training.proximal(loss, centre, envelope_weight)
   return training.descend(enveloped, centre, steps, jnp.asarray(learning_rate))

@@ -13,6 +13,7 @@ from apfl_jax.training.losses import (
   log_prior,
   logit_offset,
   predict,
+  proximal,
 )
 from apfl_jax.training.sgd import batches, descend, fine_tune, follow, local_sgd, num_steps, weight
 
@@ -39,6 +40,7 @@ __all__ = [
   "max_shift",
   "num_steps",
   "predict",
+  "proximal",
   "shift",
   "verify",
   "weight",

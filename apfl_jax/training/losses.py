@@ -7,13 +7,16 @@ one vector [C] that is added, `Data.logit_offset`.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from apfl_jax.training.batches import Batch
-from apfl_jax.types import Array, Model, Params, Prediction, Task
+from apfl_jax.types import Array, Model, Params, Prediction, PyTree, Task
 
+_X = TypeVar("_X")
 Loss = Callable[[Params, Batch], Array]
 SOFTMAX_MASKS = ("none", "present", "own")  # all classes; the client's and those of who is there; the client's
 READOUTS = ("plain", "prior")
@@ -102,3 +105,20 @@ def classification_loss(task: Task, classes: Array | None = None) -> Loss:
     return batch_mean(batch_cross_entropy(predict(task.model, params, batch.images).logits, batch, classes), batch)
 
   return loss
+
+
+def proximal(
+  loss: Callable[[PyTree, _X], Array], centre: PyTree, weight: Array | float
+) -> Callable[[PyTree, _X], Array]:
+  """(params, x) -> loss(params, x) + weight / 2 |params - centre|^2, [].
+
+  Args:
+    loss: (params, x) -> [].
+    centre: a pytree like the parameters.
+    weight: float32 []; at 0 the loss and its gradient are those of `loss`.
+  """
+
+  def held(params: PyTree, x: _X) -> Array:
+    return loss(params, x) + 0.5 * weight * optax.tree.norm(optax.tree.sub(params, centre), squared=True)
+
+  return held

@@ -175,6 +175,19 @@ def test_the_friend_goes_on_from_the_local_model():
   close(fixed(1.0, friend_start="local"), local())
 
 
+def test_a_proximal_term_holds_both_models_near_the_global_one():
+  weight = 0.7
+
+  def near(params):
+    squares = jax.tree.map(lambda a, b: ((a - b) ** 2).sum(), params, Params(*START))
+    return 0.5 * weight * sum(jax.tree.leaves(squares))
+
+  own = descended(lambda params: entropies(params, *REAL).mean() + near(params), STEPS - FRIEND_STEPS)
+  expected = descended(lambda params: friend_loss(params, "mix", False, MADE) + near(params), FRIEND_STEPS, own)
+  close(fixed(1.0, friend_start="local", proximal_weight=weight), own)
+  close(fixed(0.0, friend_start="local", proximal_weight=weight), expected)
+
+
 def test_from_features_the_friend_learns_with_its_head_alone_and_the_objective_knows_them():
   taught = friend(distill=True, images=False)
   tasks.assert_same(friend("synthetic", images=False).base, START.base)

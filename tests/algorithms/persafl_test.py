@@ -34,6 +34,17 @@ def test_without_delay_it_is_the_synchronous_method_and_personalises_as_that_doe
   linear.close(*models, 1e-6)
 
 
+def test_the_plain_option_personalises_at_a_rate_of_its_own():
+  task = linear.task()
+  halved = task._replace(sgd=task.sgd._replace(learning_rate=0.5 * linear.LEARNING_RATE))
+  models = [
+    algorithm.personalize(Download(linear.start()), (), linear.data(3), linear.visit(3), jax.random.key(1))
+    for algorithm in (persafl(task, option="a", alpha=0.5), fedavg_ft(halved))
+  ]
+  linear.close(*models, 1e-6)
+  assert np.abs(np.asarray(models[0].head) - np.asarray(linear.start().head)).max() > 1e-3
+
+
 def test_the_options_differ_and_so_does_the_first_order_of_b():
   algorithms = [persafl(linear.task(), option=option) for option in "abc"]
   algorithms.append(persafl(linear.task(), option="b", first_order=True))

@@ -321,7 +321,7 @@ def test_what_is_written_can_be_read(tmp_path):
     tmp_path / "fronts_few.png"
   ).exists()
   points = fronts.by_method(criteria.front_points(evidence, few=False))
-  assert len(points["ditto"]) == 8 and len(points["ap_fl"]) == 10
+  assert len(points["ditto"]) == 8 and len(points["ap_fl"]) == 18
 
 
 def test_claims_are_parsed():

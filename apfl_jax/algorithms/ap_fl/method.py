@@ -66,6 +66,7 @@ def ap_fl(
   friend: Annotated[str, Limits(choices=returning.FRIENDS)] = "mix",
   friend_start: Personal[Annotated[str, Limits(choices=returning.STARTS)]] = "local",
   friend_steps: Personal[Count] = 100,
+  proximal_weight: Personal[Weight] = 0.0,
   beta: Personal[Share] = 0.5,
   distill: Personal[bool] = False,
   lambda_kd: Personal[Weight] = 1.0,
@@ -132,6 +133,8 @@ def ap_fl(
       'global', from the global one.
     friend_steps: how many of the personal steps train the friend model; the rest train the local model, which takes
       them all with the friends 'peer' and 'global'.
+    proximal_weight: of half the squared distance from the global model in the losses of local model and trained
+      friends, as Ditto has it; 0 for none.
     beta: share of the synthetic loss in the loss of the friend 'mix'.
     distill: whether the trained friends are also held to the global model's answers on synthetic images.
     lambda_kd: weight of that; with `distill`.
@@ -229,6 +232,7 @@ def ap_fl(
     friend=friend,
     friend_start=friend_start,
     friend_steps=friend_steps,
+    proximal_weight=proximal_weight,
     beta=beta,
     distill=distill,
     lambda_kd=lambda_kd,

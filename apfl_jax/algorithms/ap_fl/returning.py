@@ -2,8 +2,9 @@
 
 Method 2.8 and 2.9 [O], where the pilots of 8.3 contradict them as these say [P] (no distillation, rho = .3):
 
-  local   w_L: SGD from theta on the client's own examples
-  friend  w_F: SGD from w_L on (1 - beta) CE(real) + beta (trust_c CE(synthetic) + lambda_kd tau^2 KL(theta || w))
+  local   w_L: SGD from theta on the client's own examples, + proximal_weight / 2 |w - theta|^2
+  friend  w_F: SGD from w_L on (1 - beta) CE(real) + beta (trust_c CE(synthetic) + lambda_kd tau^2 KL(theta || w)),
+          with the same proximal term
           `synthetic`: on the bracket alone; `peer`: another client's model, see `peers`; `global`: theta
   w_P     between the two, see `interpolation`, where J = CE(validation) + rho s CE(synthetic, held out) is the least; s
           is how much of these labels the friend learnt, so that labels without a meaning do not count [O]
@@ -61,6 +62,7 @@ class Settings(NamedTuple):
   friend: str
   friend_start: str
   friend_steps: int
+  proximal_weight: Array | float
   beta: Array | float
   distill: bool
   lambda_kd: Array | float
@@ -142,7 +144,7 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
     friend_key, label_key, sample_key = jax.random.split(jax.random.fold_in(key, APART), 3)
     histogram, classes = own_classes(task, shared, data)
     softmax = classes if settings.mask_softmax else None
-    loss = training.classification_loss(task, softmax)
+    loss = training.proximal(training.classification_loss(task, softmax), shared.start, settings.proximal_weight)
     local = training.fine_tune(task, loss, shared.start, data, local_steps, key)
 
     label = random.categorical(label_key, requested(settings.request, shared, histogram), (examples + held_out,))
@@ -200,7 +202,8 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
       return (1 - share) * own + share * bracket(others, made)
 
     steps = jnp.where(data.train.size > 0, settings.friend_steps, 0)
-    return training.descend(friend_loss, start, steps, task.sgd.learning_rate, cosine=True)
+    held = training.proximal(friend_loss, shared.start, settings.proximal_weight)
+    return training.descend(held, start, steps, task.sgd.learning_rate, cosine=True)
 
   def interpolated(
     local: Params, friend: Params, start: Params, data: Data, synthetic: training.Batch, classes: Array
