@@ -432,23 +432,20 @@ def a8(evidence: Evidence) -> list[Row]:
 def a9(evidence: Evidence) -> list[Row]:
   """A returning client beside its twin that was there all the time."""
   away, there = (evidence.get(of("ap_fl", **settings), {}) for settings in (_TWIN, _NOBODY_AWAY))
-  returned, twin = {}, {}
-  for seed in away:
-    if seed in there:
-      chosen = away[seed].clients.dropped & ~away[seed].clients.monopolist
-      pair = [one.clients.personal_accuracy[chosen] for one in (away[seed], there[seed])]
-      known = ~np.isnan(pair[0] + pair[1])
-      if known.any():
-        returned[seed], twin[seed] = (float(each[known].mean()) for each in pair)
+  rows = []
+  for column, what in (("personal_accuracy", "own test examples"), ("reweighted_accuracy", "balanced images")):
+    returned, twin = {}, {}
+    for seed in away:
+      if seed in there:
+        chosen = away[seed].clients.dropped & ~away[seed].clients.monopolist
+        pair = [getattr(one.clients, column)[chosen] for one in (away[seed], there[seed])]
+        known = ~np.isnan(pair[0] + pair[1])
+        if known.any():
+          returned[seed], twin[seed] = (float(each[known].mean()) for each in pair)
+    criterion = f"{what}: no worse than a twin that was never away, -1 point"
+    rows.append(least("A9", "returns with one download and no round", criterion, returned, twin, -0.01))
   return [
-    least(
-      "A9",
-      "returns with one download and no round",
-      "no worse than a twin that was never away, -1 point",
-      returned,
-      twin,
-      -0.01,
-    ),
+    *rows,
     Row(
       "A9",
       "usable within a FedAvg round",

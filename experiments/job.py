@@ -590,7 +590,7 @@ def _write_clients(
       metrics.accuracy(result.global_scores.own) if result.global_scores else np.full(len(result.rows), np.nan)
     ),
     "pooled_accuracy": cells(metrics.accuracy(result.personal_scores.pooled)),
-    "reweighted_accuracy": cells(_reweighted(result, arrays["histogram"])),
+    "reweighted_accuracy": cells(result.personal_scores.reweighted(arrays["histogram"][result.rows])),
     **{name: [f"{value:.0f}" for value in values] for name, values in costs._asdict().items()},
     **{name: cells(values) for name, values in _described(result).items() if values.ndim == 1},
   }
@@ -635,13 +635,6 @@ def _real_samples(dataset: data.Dataset) -> np.ndarray:
   """uint8 [C, n, ...]: the first training images of each class, fewer than `_SAMPLES` repeated."""
   rows = [np.resize(np.flatnonzero(dataset.labels == c), _SAMPLES) for c in range(len(dataset.class_names))]
   return dataset.images[np.stack(rows)]
-
-
-def _reweighted(result: simulation.Result, histogram: np.ndarray) -> np.ndarray:
-  """float [R]: what the personal models' recalls on pooled examples come to on their clients' mixes of classes."""
-  scores = result.personal_scores
-  as_own = scores.pooled if isinstance(scores.as_own, tuple) else scores.as_own
-  return metrics.fairness.reweighted(metrics.recall(as_own), histogram[result.rows])
 
 
 def _prices(job: Job, result: simulation.Result) -> simulation.Prices:
@@ -701,7 +694,7 @@ def _summary(
       "personal_mean": mean(pooled),
       "personal_dropped": mean(pooled[dropped]),
     },
-    "reweighted_accuracy": over_clients(_reweighted(result, arrays["histogram"])),
+    "reweighted_accuracy": over_clients(result.personal_scores.reweighted(arrays["histogram"][result.rows])),
     "recall": {"global_model": global_recall, "personal": metrics.fairness.classes(arrays["personal_recall"])},
     "unseen": unseen,
     "verification": _verification(job, result),

@@ -13,7 +13,7 @@ _NEEDED = ("algorithm", "dataset", "num_clients", "rounds", "seed")
 
 
 class Clients(NamedTuple):
-  """The columns of `clients.csv` that are drawn, [N] each, in the order of the file.
+  """The columns of `clients.csv` that are drawn or judged, [N] each, in the order of the file.
 
   Attributes:
     id: int.
@@ -21,6 +21,7 @@ class Clients(NamedTuple):
     monopolist: bool, holds a class that only dropped clients hold.
     personal_accuracy: float, of its personal model on its own test examples; nan where not known.
     global_accuracy: float, of the global model on the same examples; nan where not known.
+    reweighted_accuracy: float, of its personal model on pooled examples, at its mix of classes; likewise.
     lambda_base: float, the coefficient of its local model's base where a method mixes two models; nan where not known.
     lambda_head: float, of its head; likewise.
     barrier: float, its loss half-way between the two, less the mean of theirs; likewise.
@@ -31,6 +32,7 @@ class Clients(NamedTuple):
   monopolist: np.ndarray
   personal_accuracy: np.ndarray
   global_accuracy: np.ndarray
+  reweighted_accuracy: np.ndarray
   lambda_base: np.ndarray
   lambda_head: np.ndarray
   barrier: np.ndarray
@@ -117,6 +119,7 @@ def _clients(path: pathlib.Path, monopolistic: set[int]) -> Clients:
       monopolist=np.array([not monopolistic.isdisjoint(map(int, row["classes"].split())) for row in rows], bool),
       personal_accuracy=np.array([float(row["personal_accuracy"] or "nan") for row in rows], float),
       global_accuracy=np.array([float(row["global_accuracy"] or "nan") for row in rows], float),
+      reweighted_accuracy=of_some("reweighted_accuracy"),
       lambda_base=of_some("lambda_base"),
       lambda_head=of_some("lambda_head"),
       barrier=of_some("barrier"),

@@ -66,7 +66,7 @@ class MemoryPlan(NamedTuple):
     )
 
 
-def plan(staging: Staging, rounds: int, keeping: bool = False) -> tuple[MemoryPlan, Any]:
+def plan(staging: Staging, rounds: int, keeping: bool = False, training: bool = True) -> tuple[MemoryPlan, Any]:
   """Compiles the chunk of rounds and adds up what XLA's analysis of it, this process and the run's arrays say.
 
     device = examples + index, ids and spans + client rows + server and history, seed and settings
@@ -79,18 +79,19 @@ def plan(staging: Staging, rounds: int, keeping: bool = False) -> tuple[MemoryPl
     staging: of the run.
     rounds: T, which bounds how many client rows come to exist.
     keeping: whether the run writes checkpoints.
+    training: whether it has rounds to compute; without them none are compiled.
 
   Returns:
-    (the plan, `simulator.compile(*staging.shapes())`)
+    (the plan, `simulator.compile(*staging.shapes())`, or None without rounds)
   """
   state: Any
   inputs: Any
   state, inputs = staging.shapes()
   federation: Any = inputs.federation
   before = _resident()
-  compiled = staging.simulator.compile(state, inputs)
+  compiled = staging.simulator.compile(state, inputs) if training else None
   held = _resident()
-  analysis = compiled.memory_analysis()
+  analysis = compiled.memory_analysis() if compiled else None
   moved = 0 if staging.resident else _bytes((state.clients, state.times, federation._replace(store=())))
   if not staging.resident and staging.data_on != "device":
     moved += _bytes(federation.store)
@@ -108,7 +109,7 @@ def plan(staging: Staging, rounds: int, keeping: bool = False) -> tuple[MemoryPl
     ),
     (
       "a chunk of rounds",
-      analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+      analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes if analysis else 0,
       False,
     ),
     ("the next chunk's rows", moved, False),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from apfl_jax import population, random, training
+from apfl_jax import metrics, population, random, training
 from apfl_jax.errors import InputError
 from apfl_jax.random import Purpose
 from apfl_jax.settings import Limits, checked
@@ -88,6 +88,12 @@ class Scores(NamedTuple):
   verification: Array | tuple[()] = ()
   described: dict[str, Array] | tuple[()] = ()
   as_own: Array | tuple[()] = ()
+
+  def reweighted(self, histogram: np.ndarray) -> np.ndarray:
+    """float [R]: what recalls on the pooled examples come to on each client's mix of classes [R, C] (method 8.3)."""
+    return metrics.fairness.reweighted(
+      metrics.recall(self.pooled if isinstance(self.as_own, tuple) else self.as_own), histogram
+    )
 
 
 class Simulator(NamedTuple):

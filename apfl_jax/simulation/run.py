@@ -125,7 +125,7 @@ def run(
   chatty = progress and jax.process_index() == 0
   keeping = directory is not None and checkpoint_every > 0
   with Stopwatch() as first:
-    plan, advance = memory.plan(staging, rounds, keeping or trained is not None)
+    plan, advance = memory.plan(staging, rounds, keeping or trained is not None, training=trained is None)
   memory.check(plan, simulator.population_size, memory_limit)
   on_start()
   if chatty:
@@ -171,7 +171,8 @@ def run(
       make = partial(simulator.score_personal, classes=classes_present(state, at))
       own = score(make, name="personalising")
     confusion = None if shared is None else pooled_confusion(state, everything)
-    line = _line(record, at, dropped[rows], shared, own, confusion)
+    reweighted = None if own is None else own.reweighted(histogram()[rows])
+    line = _line(record, at, dropped[rows], shared, own, reweighted, confusion)
     moved = sum(record.present) * sum(traffic) if clock is None else clock.schedule.traffic(*traffic)[at - 1]
     seconds = None if clock is None else float(clock.schedule.seconds[at - 1])
     record.metrics.append(line | {"virtual_seconds": seconds, "bytes": float(moved)})
@@ -186,12 +187,12 @@ def run(
       return simulator.place(clock.present[at - 1])
     last = simulator.place(np.int32(at - 1))
     there = np.asarray(simulator.present(state.population, inputs.seed, inputs.settings, last))
-    return simulator.place(held()[there[np.asarray(federation.id)]].any(axis=0))
+    return simulator.place((histogram() > 0)[there[np.asarray(federation.id)]].any(axis=0))
 
   @functools.cache
-  def held() -> np.ndarray:
-    """bool [N, C]: who has which classes."""
-    return data.histogram(federation, simulator.num_classes) > 0
+  def histogram() -> np.ndarray:
+    """int32 [N, C]: who has how much of each class."""
+    return data.histogram(federation, simulator.num_classes)
 
   def pooled_confusion(state: State, classes: np.ndarray) -> np.ndarray:
     return np.asarray(simulator.score_pooled(state, staging.pooled(state, inputs), simulator.place(classes)))
@@ -259,6 +260,7 @@ def _line(
   dropped: np.ndarray,
   shared: Scores | None,
   own: Scores | None,
+  reweighted: np.ndarray | None,
   confusion: np.ndarray | None,
 ) -> dict[str, Any]:
   """A line of metrics.jsonl."""
@@ -275,6 +277,7 @@ def _line(
     line[f"{name}_accuracy_dropped"] = mean(each[dropped])
     line[f"{name}_accuracy_present"] = mean(each[~dropped])
   line["personal_accuracy_each"] = None if own is None else known(metrics.accuracy(own.own))
+  line["reweighted_accuracy_each"] = None if reweighted is None else known(reweighted)
   line["pooled_accuracy"] = None if confusion is None else mean(metrics.accuracy(confusion)[None])
   line["global_recall"] = None if confusion is None else known(metrics.recall(confusion))
   line["personal_pooled_accuracy"] = None if own is None else mean(metrics.accuracy(own.pooled))

@@ -27,7 +27,8 @@ def lines(accuracies, second, **columns):
   made = []
   for i, accuracy in enumerate(accuracies):
     told = {"round": 2 * i + 2, "virtual_seconds": second * (2 * i + 2), "bytes": 10.0 * (2 * i + 2)}
-    told |= {"pooled_accuracy": accuracy, "personal_accuracy_each": None, "global_recall": None}
+    told |= {"pooled_accuracy": accuracy, "personal_accuracy_each": None, "reweighted_accuracy_each": None}
+    told["global_recall"] = None
     made.append(told | {name: values[i] for name, values in columns.items()})
   return made
 
@@ -75,7 +76,7 @@ def test_mean_staleness_weighs_by_uploads():
 def test_returns_pair_the_clients_that_were_away():
   away = lines([None] * 3, 5, personal_accuracy_each=[None, [0.1, 0.9, None], [0.2, 0.8, 0.7]])
   twin = lines([None] * 3, 5, personal_accuracy_each=[[0.5] * 3, [0.5, 0.6, 0.7], None])
-  pairs = asynchrony.returns(away, twin, np.array([False, True, True]))
+  pairs = asynchrony.returns(away, twin, np.array([False, True, True]), "personal_accuracy_each")
   assert list(pairs) == [4]  # scored in both
   np.testing.assert_array_equal(pairs[4], [[0.9, np.nan], [0.6, 0.7]])
 
@@ -85,14 +86,20 @@ def test_a_return_is_judged_at_each_time_and_against_a_round(monkeypatch):
   of_round = lambda value: [[0.0, value, value], [0.0, value, value]]
   found = {}
   for seed in (1, 2):
-    found["returned", seed] = done(lines([0.1, 0.2], 5, personal_accuracy_each=of_round(0.9)), made, (0, 1, 1))
-    found["twin", seed] = done(lines([0.1, 0.2], 5, personal_accuracy_each=of_round(0.905)), made, (0, 0, 0))
+    each = lambda own, balanced: {
+      "personal_accuracy_each": of_round(own),
+      "reweighted_accuracy_each": of_round(balanced),
+    }
+    found["returned", seed] = done(lines([0.1, 0.2], 5, **each(0.9, 0.8)), made, (0, 1, 1))
+    found["twin", seed] = done(lines([0.1, 0.2], 5, **each(0.905, 0.82)), made, (0, 0, 0))
     found["fedavg", seed] = done(lines([0.1, 0.2], 50), made, (0, 1, 1))
   monkeypatch.setattr(asynchrony, "_latency", lambda done: np.array([10.0, 30.0]))
   rows, panels, table = PARTS["return"].judge(found)
-  assert [row.verdict for row in rows] == [HOLDS, HOLDS, HOLDS]
+  assert [row.verdict for row in rows] == [HOLDS, FAILS, HOLDS, FAILS, HOLDS]
+  assert [row.numbers["mean"] for row in rows[:2]] == pytest.approx([-0.005, -0.02])
   assert rows[-1].numbers["mean"] == pytest.approx(20 / 50)
   assert [row[:2] for row in table.rows] == [["2", "10"], ["4", "20"]]
+  assert len(panels) == 3 and {len(row) for row in table.rows} == {len(table.header)}
   assert plots.curves(panels).startswith(b"\x89PNG")
   monkeypatch.setattr(asynchrony, "_latency", lambda done: np.array([100.0]))
   assert PARTS["return"].judge(found)[0][-1].verdict == FAILS

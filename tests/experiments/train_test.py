@@ -92,8 +92,9 @@ def test_a_run_leaves_all_that_the_design_lists(finished):
   assert [line["round"] for line in lines] == [2, 4, 6, 8]
   assert lines[0]["personal_accuracy"] is None
   assert lines[-1]["personal_accuracy"] == pytest.approx(summary["personal_accuracy"]["mean"])
-  each = [float(row["personal_accuracy"]) for row in csv.DictReader((workdir / "clients.csv").open())]
-  assert lines[0]["personal_accuracy_each"] is None and lines[-1]["personal_accuracy_each"] == pytest.approx(each)
+  for column in ("personal_accuracy", "reweighted_accuracy"):
+    each = [float(row[column]) for row in csv.DictReader((workdir / "clients.csv").open())]
+    assert lines[0][f"{column}_each"] is None and lines[-1][f"{column}_each"] == pytest.approx(each)
   assert lines[-1]["global_recall"] == pytest.approx(summary["recall"]["global_model"]["each"])
   assert all(line["present"] == line["arrived"] == 3 for line in lines)
 
