@@ -215,7 +215,7 @@ class Panel(NamedTuple):
 def curves(panels: Sequence[Panel]) -> bytes:
   """A PNG of panels side by side: a thick line for each name, the mean of its runs, which are thin beside it.
 
-  Runs of different length have no mean and are all drawn alike.
+  A single run, and runs of different length, have no mean: all are drawn alike.
 
   Raises:
     InputError: matplotlib is not installed.
@@ -251,8 +251,8 @@ def curves(panels: Sequence[Panel]) -> bytes:
 
 
 def mean_curve(some: Sequence[Curve]) -> Curve | None:
-  """Of runs with as many points, measured in the same rounds at different times: the mean point by point."""
-  if len({len(curve.x) for curve in some}) != 1:
+  """Of several runs with as many points, measured in the same rounds at different times: the mean point by point."""
+  if len(some) < 2 or len({len(curve.x) for curve in some}) != 1:
     return None
   mean = lambda values: np.mean(np.asarray(values, float), axis=0).tolist()
   return Curve(some[0].name, mean([curve.x for curve in some]), mean([curve.y for curve in some]))

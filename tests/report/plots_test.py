@@ -80,6 +80,7 @@ def test_the_mean_of_runs_is_point_by_point():
   runs = [plots.Curve("a", [0, 2, 4], [0, 2, 4]), plots.Curve("a", [1, 3, 7], [5, 5, 9])]
   assert plots.mean_curve(runs) == plots.Curve("a", [0.5, 2.5, 5.5], [2.5, 3.5, 6.5])
   assert plots.mean_curve([*runs, plots.Curve("a", [0, 1], [0, 1])]) is None
+  assert plots.mean_curve(runs[:1]) is None and plots.mean_curve([]) is None
 
 
 def test_a_bar_a_client_dropped_first_best_first(ap_fl):

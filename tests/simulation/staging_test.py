@@ -143,6 +143,15 @@ def test_plan_adds_up_and_refuses(tmp_path):
     memory.check(plan, N, plan.host - 1)
 
 
+def test_without_rounds_to_compute_none_are_compiled():
+  simulator, inputs = _simulator()
+  never = lambda *shapes: pytest.fail("the rounds were compiled")
+  staging = Staging(simulator._replace(compile=never), inputs)
+  plan, compiled = memory.plan(staging, ROUNDS, training=False)
+  rows = {need.what: need.bytes for need in plan.needs}
+  assert compiled is None and rows["a chunk of rounds"] == 0 and rows["examples"] > 0
+
+
 def test_a_plan_says_how_many_clients_fit():
   needs = (
     memory.Need("device", "client rows", 1000, True),
