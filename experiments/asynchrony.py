@@ -35,7 +35,7 @@ from apfl_jax.files import replacing
 from apfl_jax.report import plots, run, tables
 from experiments import claims, config, job, runs
 from experiments.config import Config
-from experiments.criteria import FAILS, Row, Values, Variant, decide, line, of, paired
+from experiments.criteria import FAILS, MEASURES, Row, Values, Variant, decide, line, of, paired
 from experiments.methods import parse_seeds
 
 _GIVEN = ("algorithm", "seed", "workdir", "trained", "trace")  # that the parts decide
@@ -181,8 +181,6 @@ def _target(found: Runs) -> Judged:
 # --- return -----------------------------------------------------------------------------------------------------------
 
 _AWAY, _TWIN, _ROUNDS = "returned", "twin", "fedavg"
-# A client has few test examples, so the same accuracy is also estimated by recalls on balanced images (method 8.3).
-_MEASURES = {"own test examples": "personal_accuracy_each", "balanced images": "reweighted_accuracy_each"}
 
 
 def returns(
@@ -195,7 +193,12 @@ def returns(
     twin: lines of the one in which nobody was.
     gone: bool [R], who was away.
     column: of the lines, which has the accuracies.
+
+  Raises:
+    InputError: the lines have no such column.
   """
+  if any(column not in told for told in (*away, *twin)):
+    raise InputError(f"output: it has runs whose metrics.jsonl lacks {column}, accepted are runs of this version")
   each = lambda told: np.array([np.nan if x is None else x for x in told[column]], float)[gone]
   scored = lambda lines: {told["round"]: each(told) for told in lines if told[column] is not None}
   theirs = scored(twin)
@@ -234,12 +237,12 @@ def _return(found: Runs) -> Judged:
   away, twin, rounds = (_of(found, label) for label in (_AWAY, _TWIN, _ROUNDS))
   seeds = [seed for seed in away if seed in twin]
   lines_of = {s: (away[s].read.metrics, twin[s].read.metrics, away[s].read.clients.dropped) for s in seeds}
-  pairs = {name: {s: returns(*lines_of[s], column) for s in seeds} for name, column in _MEASURES.items()}
+  pairs = {name: {s: returns(*lines_of[s], f"{column}_each") for s in seeds} for name, column in MEASURES.items()}
   times = dict.fromkeys(at for by_seed in pairs.values() for by_round in by_seed.values() for at in by_round)
   when = {label: _times(_of(found, label)) for label in (_AWAY, _TWIN)}
   rows, cells = [], []
   for at in times:
-    second, twins_second = (statistics.fmean(run[at] for run in when[label].values()) for label in (_AWAY, _TWIN))
+    second, twins_second = (statistics.fmean(of_run[at] for of_run in when[label].values()) for label in (_AWAY, _TWIN))
     cells.append([str(at), f"{second:.0f}", f"{twins_second:.0f}"])
     for name, of_seed in pairs.items():
       both = [of_seed[seed][at] for seed in seeds if at in of_seed[seed]]
@@ -267,18 +270,18 @@ def _return(found: Runs) -> Judged:
     )
 
   panels: list[plots.Panel] = []
-  for name in _MEASURES:
+  for name in MEASURES:
     sides = [[curve(name, label, seed, side) for seed in seeds] for side, label in enumerate((_AWAY, _TWIN))]
-    if not panels:
-      title = f"away, had they returned then; {name}"
-      panels.append(plots.Panel(title, "virtual seconds", "accuracy (%)", [*sides[0], *sides[1]]))
     less = [
       plots.Curve("difference", a.x, (np.array(a.y) - np.array(b.y)).tolist()) for a, b in zip(*sides, strict=True)
     ]
-    panels.append(plots.Panel(f"less their twins; {name}", "virtual seconds of the return", "points", less, level=-1.0))
+    panels += [
+      plots.Panel(f"had they returned then: {name}", "virtual seconds", "accuracy (%)", [*sides[0], *sides[1]]),
+      plots.Panel(f"less their twins: {name}", "virtual seconds of the return", "points", less, level=-1.0),
+    ]
   header = ["round", "virtual s", "twins' virtual s"]
-  for name in _MEASURES:
-    header += [f"{name}: returned (%)", "twins (%)", "difference by seed (points)"]
+  for name in MEASURES:
+    header += [f"{name}: {what}" for what in ("returned (%)", "twins (%)", "difference by seed (points)")]
   return rows, panels, tables.Grid(header, cells)
 
 
@@ -484,7 +487,8 @@ _WORDS = {
   " runs as FedAvg waits for. Staleness counts aggregated uploads.",
   "return": "Clients that stay away from the beginning get a personal model at several times of the run, from one"
   " download and no round, as each would that returns then. Their twins have the same data and have been there all the"
-  " time; as many clients are at work at a time in both runs. Both accuracies are on the client's own test examples."
+  " time; as many clients are at work at a time in both runs. Accuracies are on the client's own test examples, which"
+  " are few, and by recalls on balanced images at its mix of classes, which are less a matter of chance."
   " Clients of a run share a server, so that intervals over pairs are narrower than over seeds.",
   "life": "Mean over seeds ± deviation of the global model's recall on pooled images (%), in the last evaluated round"
   " of each phase: all holders of a class are there, the one that has most of it, none, all again. Whoever is there is"

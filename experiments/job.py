@@ -319,11 +319,13 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
       programs.job = job
     # Of several processes all compute, and what is asked of the devices is asked by all; the first one writes.
     writes = jax.process_index() == 0
+    histogram = data.histogram(job.federation, len(job.dataset.class_names))
     result = simulation.run(
       job.simulator,
       job.inputs,
       rounds=config.rounds,
       gone=job.gone,
+      histogram=histogram,
       eval_every=config.eval_every,
       personalize_every=config.personalize_every,
       eval_clients=config.eval_clients,
@@ -338,7 +340,7 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
       on_record=partial(_write_record, workdir) if writes else lambda record: None,
       progress=config.progress,
     )
-    arrays = _arrays(job, result)
+    arrays = _arrays(job, result, histogram)
     judged, drawn = judge.measure(job, result, arrays["seen"]) if config.judge else ({}, {})
     arrays |= drawn
     prices = _prices(job, result)
@@ -605,9 +607,8 @@ def _described(result: simulation.Result) -> dict[str, np.ndarray]:
   return {name: np.asarray(values) for name, values in dict(result.personal_scores.described).items()}
 
 
-def _arrays(job: Job, result: simulation.Result) -> dict[str, np.ndarray]:
+def _arrays(job: Job, result: simulation.Result, histogram: np.ndarray) -> dict[str, np.ndarray]:
   """What the report draws and no other file holds."""
-  histogram = data.histogram(job.federation, len(job.dataset.class_names))
   took_part = (np.asarray(result.state.times) > 0) | algorithms.METHODS[job.config.algorithm].pools
   arrays: dict[str, np.ndarray] = {
     "histogram": histogram,

@@ -55,11 +55,8 @@ def feddyn(task: Task, *, alpha: Positive = 0.01) -> Algorithm:
 
   def local_update(download, moves, data, visit, key):
     start = download.shared
-
-    def regularised(params, batch):
-      proximal = 0.5 * optax.tree.norm(optax.tree.sub(params, start), squared=True)
-      return loss(params, batch) + alpha * (optax.tree.vdot(moves, params) + proximal)
-
+    tilted = lambda params, batch: loss(params, batch) + alpha * optax.tree.vdot(moves, params)
+    regularised = training.proximal(tilted, start, alpha)
     steps = training.num_steps(task.sgd, data.train.size, visit.work)
     params = training.local_sgd(task, regularised, start, data, steps, key)
     delta = optax.tree.sub(params, start)

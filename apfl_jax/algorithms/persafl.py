@@ -14,9 +14,10 @@ No code was found; the equations are recalled [M]. The server takes whatever arr
 s(tau) = (1 + tau)^-power; the paper's server step is constant [M], so power is 0 unless set. s scales the update, not
 its weight, or a single arrival would not feel it.
 
-What a client does is that of `fedavg_ft`, `per_fedavg` or `pfedme`, with the exact Hessian-vector product unless
-`first_order`. The paper's personal model takes one step [M]; here it takes `personal_steps`, for each option of its own
-kind (A's and B's rates fall along a cosine, from which a single step sees nothing).
+What a client does is that of `fedavg_ft` (personalised at rate alpha), `per_fedavg` or `pfedme`, with the exact
+Hessian-vector product unless `first_order`. The paper's personal model takes one step [M]; here it takes
+`personal_steps`, for each option of its own kind (A's and B's rates fall along a cosine, from which a single step sees
+nothing).
 """
 
 from typing import Annotated
@@ -25,6 +26,7 @@ import jax
 
 from apfl_jax import training
 from apfl_jax.algorithms import staleness
+from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.fedavg_ft import fedavg_ft
 from apfl_jax.algorithms.per_fedavg import per_fedavg, with_rate
 from apfl_jax.algorithms.pfedme import pfedme
@@ -60,7 +62,7 @@ def persafl(
     inner_learning_rate: of C's steps; times `envelope_weight` it must stay below 2.
   """
   synchronous = {
-    "a": lambda: fedavg_ft(task)._replace(personalize=fedavg_ft(with_rate(task, alpha)).personalize),
+    "a": lambda: fedavg(task)._replace(personalize=fedavg_ft(with_rate(task, alpha)).personalize),
     "b": lambda: per_fedavg(task, alpha=alpha, first_order=first_order),
     "c": lambda: pfedme(
       task, inner_steps=inner_steps, inner_learning_rate=inner_learning_rate, envelope_weight=envelope_weight

@@ -119,7 +119,7 @@ def _clients(path: pathlib.Path, monopolistic: set[int]) -> Clients:
       monopolist=np.array([not monopolistic.isdisjoint(map(int, row["classes"].split())) for row in rows], bool),
       personal_accuracy=np.array([float(row["personal_accuracy"] or "nan") for row in rows], float),
       global_accuracy=np.array([float(row["global_accuracy"] or "nan") for row in rows], float),
-      reweighted_accuracy=of_some("reweighted_accuracy"),
+      reweighted_accuracy=np.array([float(row["reweighted_accuracy"] or "nan") for row in rows], float),
       lambda_base=of_some("lambda_base"),
       lambda_head=of_some("lambda_head"),
       barrier=of_some("barrier"),

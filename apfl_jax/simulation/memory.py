@@ -66,7 +66,7 @@ class MemoryPlan(NamedTuple):
     )
 
 
-def plan(staging: Staging, rounds: int, keeping: bool = False, training: bool = True) -> tuple[MemoryPlan, Any]:
+def plan(staging: Staging, rounds: int, keeping: bool = False, trained: bool = False) -> tuple[MemoryPlan, Any]:
   """Compiles the chunk of rounds and adds up what XLA's analysis of it, this process and the run's arrays say.
 
     device = examples + index, ids and spans + client rows + server and history, seed and settings
@@ -79,17 +79,18 @@ def plan(staging: Staging, rounds: int, keeping: bool = False, training: bool = 
     staging: of the run.
     rounds: T, which bounds how many client rows come to exist.
     keeping: whether the run writes checkpoints.
-    training: whether it has rounds to compute; without them none are compiled.
+    trained: whether it takes all rounds from another run. Then none are compiled, and the plan has nothing for them
+      nor, as what compiling takes is not seen, for the programs of scoring.
 
   Returns:
-    (the plan, `simulator.compile(*staging.shapes())`, or None without rounds)
+    (the plan, `simulator.compile(*staging.shapes())`, or None where `trained`)
   """
   state: Any
   inputs: Any
   state, inputs = staging.shapes()
   federation: Any = inputs.federation
   before = _resident()
-  compiled = staging.simulator.compile(state, inputs) if training else None
+  compiled = staging.simulator.compile(state, inputs) if not trained else None
   held = _resident()
   analysis = compiled.memory_analysis() if compiled else None
   moved = 0 if staging.resident else _bytes((state.clients, state.times, federation._replace(store=())))
@@ -118,7 +119,7 @@ def plan(staging: Staging, rounds: int, keeping: bool = False, training: bool = 
     ("Python, federation and programs", held, False),
     ("programs of scoring", held - before, False),
     ("client rows", staging.table_bytes(visited), visited == len(staging.times)),
-    ("a checkpoint's client rows", visited * row if keeping else 0, visited == len(staging.times)),
+    ("a checkpoint's client rows", visited * row if keeping or trained else 0, visited == len(staging.times)),
     ("rows being moved", 2 * moved, False),
   )
   devices = jax.local_devices()

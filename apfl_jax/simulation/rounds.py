@@ -342,8 +342,8 @@ def simulator(
     in_order = jax.tree.map(lambda x: x[drawn], (kept, cohort.ids, arrived, cohort.staleness))
     server = aggregated(algorithm, state.server, Received(total, weight, *in_order), inputs.seed, now)
     status = (cohort.ok.astype(jnp.uint8) + arrived).astype(jnp.uint8)
-    metrics = RoundMetrics(jnp.sum(cohort.ok), jnp.sum(arrived), cohort.ids, status)
-    return state._replace(round=now + 1, server=server, history=history), metrics
+    happened = RoundMetrics(jnp.sum(cohort.ok), jnp.sum(arrived), cohort.ids, status)
+    return state._replace(round=now + 1, server=server, history=history), happened
 
   def one_by_one(
     state: State, inputs: Inputs, row_of: Array, done: Array, work: Batches, batch: Array
@@ -376,9 +376,9 @@ def simulator(
     server, history, done = jax.lax.fori_loop(0, count, arrival, (state.server, history, done))
     arrived = results[-1]
     status = (cohort.ok.astype(jnp.uint8) + arrived).astype(jnp.uint8)[place]
-    metrics = RoundMetrics(count, jnp.sum(arrived), cohort.ids[place], status)
+    happened = RoundMetrics(count, jnp.sum(arrived), cohort.ids[place], status)
     state = state._replace(round=state.round + work.ends[batch], server=server, history=history)
-    return state, done, metrics
+    return state, done, happened
 
   def seated(history: Download, download: Download, work: Batches, done: Array, until: Array) -> tuple[Download, Array]:
     """The rows of `Download.own` of the clients that now begin go to their seats."""
@@ -423,10 +423,10 @@ def simulator(
       if alone:
         return one_by_one(state, inputs, row_of, done, work, i)
       if layout:
-        state, metrics = together(state, inputs, row_of, jax.tree.map(lambda x: x[i], work.cohort))
+        state, happened = together(state, inputs, row_of, jax.tree.map(lambda x: x[i], work.cohort))
       else:
-        state, metrics = round_step(state, inputs, row_of)
-      return state, done, metrics
+        state, happened = round_step(state, inputs, row_of)
+      return state, done, happened
 
     done = jnp.int32(0)
     if alone:
@@ -439,8 +439,8 @@ def simulator(
 
     def body(i, carry):
       state, done, record = carry
-      state, done, metrics = step(i, state, done)
-      return state, done, jax.tree.map(lambda all, x: all.at[i].set(x), record, metrics)
+      state, done, happened = step(i, state, done)
+      return state, done, jax.tree.map(lambda all, x: all.at[i].set(x), record, happened)
 
     count = work.count if layout else work
     state, _, record = jax.lax.fori_loop(0, count, body, (state, done, record))

@@ -79,6 +79,7 @@ def run(
   *,
   rounds: int,
   gone: np.ndarray,
+  histogram: np.ndarray | None = None,
   eval_every: int = 5,
   personalize_every: int = 0,
   eval_clients: int = 0,
@@ -101,13 +102,15 @@ def run(
     inputs: what is traced, with the whole federation; NumPy arrays where it is not to be on the device.
     rounds: T >= 1.
     gone: bool [N] by row, clients that never take part or leave for good, as `population.departed` tells.
+    histogram: int [N, C] by row, the mix of classes at which a client's personal model is also scored; None for that
+      of the examples that it trains on.
     eval_every: rounds between evaluations of the global model; 0 for the last round only.
     personalize_every: rounds between evaluations of personal models; 0 for the last round only.
     eval_clients: how many clients are scored, spread evenly over the rows; 0 for all.
     checkpoint_every: rounds between checkpoints; 0 for none.
     directory: where checkpoints and files of client rows live; None for none.
-    trained: directory of a finished run of these very rounds, whose last checkpoint is taken in their place where
-      there is none in `directory`; None for none.
+    trained: directory of a finished run of these very rounds, whose last checkpoint is taken in their place, whatever
+      there is in `directory`; None for none.
     data_on: where examples live, see `Staging`.
     client_state: where the methods' client rows live.
     memory_limit: bytes that the host and each device may take; 0 for what there is.
@@ -125,7 +128,7 @@ def run(
   chatty = progress and jax.process_index() == 0
   keeping = directory is not None and checkpoint_every > 0
   with Stopwatch() as first:
-    plan, advance = memory.plan(staging, rounds, keeping or trained is not None, training=trained is None)
+    plan, advance = memory.plan(staging, rounds, keeping, trained=trained is not None)
   memory.check(plan, simulator.population_size, memory_limit)
   on_start()
   if chatty:
@@ -136,10 +139,11 @@ def run(
   presence_ids = np.sort(np.asarray(inputs.federation.id)[_spread(population, 256)])
   record = Record([], [], [], [], [])
   checkpoints = Checkpoints(directory / "checkpoints") if directory is not None and keeping else None
-  found = checkpoints.restore(staging.shapes()[0]) if checkpoints else None
-  taken = trained is not None and not found
-  if trained and taken:
+  found = None
+  if trained:
     found = _trained(trained, staging, rounds)
+  elif checkpoints:
+    found = checkpoints.restore(staging.shapes()[0])
   if found:
     restored_state, snapshot, kept = found
     state, inputs = staging.begin(snapshot)
@@ -147,11 +151,11 @@ def run(
     record = Record(**kept)
     on_record(record)
     if chatty:
-      of = f" of {trained}" if taken else ""
+      of = f" of {trained}" if trained else ""
       tqdm.write(f"going on from the checkpoint of round {int(state.round)}{of}", file=sys.stderr)
   else:
     state, inputs = staging.begin()
-  restored = 0 if taken else len(record.timings)
+  restored = 0 if trained else len(record.timings)
   done = int(state.round)
   record.timings.append({"round": done, **first.read()})
 
@@ -171,7 +175,7 @@ def run(
       make = partial(simulator.score_personal, classes=classes_present(state, at))
       own = score(make, name="personalising")
     confusion = None if shared is None else pooled_confusion(state, everything)
-    reweighted = None if own is None else own.reweighted(histogram()[rows])
+    reweighted = None if own is None else own.reweighted((held() if histogram is None else histogram)[rows])
     line = _line(record, at, dropped[rows], shared, own, reweighted, confusion)
     moved = sum(record.present) * sum(traffic) if clock is None else clock.schedule.traffic(*traffic)[at - 1]
     seconds = None if clock is None else float(clock.schedule.seconds[at - 1])
@@ -187,11 +191,11 @@ def run(
       return simulator.place(clock.present[at - 1])
     last = simulator.place(np.int32(at - 1))
     there = np.asarray(simulator.present(state.population, inputs.seed, inputs.settings, last))
-    return simulator.place((histogram() > 0)[there[np.asarray(federation.id)]].any(axis=0))
+    return simulator.place((held() > 0)[there[np.asarray(federation.id)]].any(axis=0))
 
   @functools.cache
-  def histogram() -> np.ndarray:
-    """int32 [N, C]: who has how much of each class."""
+  def held() -> np.ndarray:
+    """int32 [N, C]: who trains on how much of each class."""
     return data.histogram(federation, simulator.num_classes)
 
   def pooled_confusion(state: State, classes: np.ndarray) -> np.ndarray:

@@ -113,7 +113,7 @@ def proximal(
   """(params, x) -> loss(params, x) + weight / 2 |params - centre|^2, [].
 
   Args:
-    loss: (params, x) -> [].
+    loss: (params, x) -> [], where x is a batch, or the number of a step.
     centre: a pytree like the parameters.
     weight: float32 []; at 0 the loss and its gradient are those of `loss`.
   """

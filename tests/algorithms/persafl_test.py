@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from apfl_jax.algorithms import fedavg, fedavg_ft, per_fedavg, persafl, pfedme
-from apfl_jax.types import Download
+from apfl_jax.types import Download, Params
 from tests import linear
 
 SCHEDULE = (((0, 1, 2), (2,)), ((0, 2), ()))
@@ -34,15 +34,17 @@ def test_without_delay_it_is_the_synchronous_method_and_personalises_as_that_doe
   linear.close(*models, 1e-6)
 
 
-def test_the_plain_option_personalises_at_a_rate_of_its_own():
-  task = linear.task()
-  halved = task._replace(sgd=task.sgd._replace(learning_rate=0.5 * linear.LEARNING_RATE))
-  models = [
-    algorithm.personalize(Download(linear.start()), (), linear.data(3), linear.visit(3), jax.random.key(1))
-    for algorithm in (persafl(task, option="a", alpha=0.5), fedavg_ft(halved))
-  ]
-  linear.close(*models, 1e-6)
-  assert np.abs(np.asarray(models[0].head) - np.asarray(linear.start().head)).max() > 1e-3
+def test_the_plain_option_has_a_rate_of_its_own_when_it_personalises_and_there_alone():
+  task, alpha = linear.task(personal_steps=1), 0.5
+  both = [linear.Rounds(persafl(task, option="a", alpha=alpha)), linear.Rounds(fedavg(task))]
+  for rounds in both:
+    rounds.advance((0, 1, 2))
+  linear.close(both[0].server, both[1].server, 1e-6)
+  download = Download(both[0].server)
+  personal = both[0].algorithm.personalize(download, (), linear.data(3), linear.visit(3), jax.random.key(1))
+  before = Params(*map(np.float64, both[0].server))
+  slope = linear.oracle(3).gradient(before)
+  linear.close(personal, linear.plus(before, (-alpha * linear.LEARNING_RATE, slope)), 1e-5)
 
 
 def test_the_options_differ_and_so_does_the_first_order_of_b():

@@ -78,6 +78,8 @@ def test_returns_pair_the_clients_that_were_away():
   twin = lines([None] * 3, 5, personal_accuracy_each=[[0.5] * 3, [0.5, 0.6, 0.7], None])
   pairs = asynchrony.returns(away, twin, np.array([False, True, True]), "personal_accuracy_each")
   assert list(pairs) == [4]  # scored in both
+  with pytest.raises(InputError, match="lacks other_each"):
+    asynchrony.returns(away, twin, np.ones(3, bool), "other_each")
   np.testing.assert_array_equal(pairs[4], [[0.9, np.nan], [0.6, 0.7]])
 
 
@@ -99,7 +101,7 @@ def test_a_return_is_judged_at_each_time_and_against_a_round(monkeypatch):
   assert [row.numbers["mean"] for row in rows[:2]] == pytest.approx([-0.005, -0.02])
   assert rows[-1].numbers["mean"] == pytest.approx(20 / 50)
   assert [row[:2] for row in table.rows] == [["2", "10"], ["4", "20"]]
-  assert len(panels) == 3 and {len(row) for row in table.rows} == {len(table.header)}
+  assert len(panels) == 4 and {len(row) for row in table.rows} == {len(table.header)}
   assert plots.curves(panels).startswith(b"\x89PNG")
   monkeypatch.setattr(asynchrony, "_latency", lambda done: np.array([100.0]))
   assert PARTS["return"].judge(found)[0][-1].verdict == FAILS

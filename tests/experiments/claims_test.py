@@ -32,6 +32,7 @@ def found(
   others=0.7,
   curve=(),
   clients=(),
+  less_balanced=0.0,
   samples=None,
   shift=0.0,
 ):
@@ -54,7 +55,7 @@ def found(
   flags = lambda place: np.array([bool(row[place]) for row in clients], bool)
   blank = dict.fromkeys(run.Clients._fields, np.zeros(len(clients)))
   blank |= {"dropped": flags(1), "monopolist": flags(2)}
-  people = run.Clients(**blank | {"personal_accuracy": accuracy, "reweighted_accuracy": accuracy})
+  people = run.Clients(**blank | {"personal_accuracy": accuracy, "reweighted_accuracy": accuracy - less_balanced})
   lines = [{"round": 5 * (i + 1), "personal_accuracy": value} for i, value in enumerate(curve)]
   return Found(summary, people, lines)
 
@@ -198,6 +199,8 @@ def test_a9_leaves_out_present_clients_and_monopolists():
   twin = [(0.9, 0, 0), (0.9, 0, 0), (0.9, 0, 0), (0.9, 0, 0)]
   evidence = {away: runs_of(clients=rows), there: runs_of(clients=twin)}
   assert verdicts("A9", evidence) == [HOLDS, HOLDS, NOT_MEASURED]
+  elsewhere = {away: runs_of(clients=rows, less_balanced=0.1)}
+  assert verdicts("A9", evidence | elsewhere) == [HOLDS, FAILS, NOT_MEASURED]
   worse = [(0.8, *rest) for _, *rest in rows]
   assert verdicts("A9", evidence | {away: runs_of(clients=worse)})[:2] == [FAILS, FAILS]
 
@@ -217,10 +220,13 @@ def test_a11_compares_fronts():
   evidence = {}
   for few in (False, True):
     for variant, (method, words) in criteria._front_variants(few).items():
-      better = method == "ap_fl" and "rho 1" in words
+      better = method == "ap_fl" and "rho" in words
       evidence[variant] = runs_of(own=0.9, pooled=0.62 if better else 0.5)
   rows = CLAIMS["A11"].judge(evidence)
   assert {row.verdict for row in rows} == {HOLDS}
+  # What another setting brings is not the generator's: its controls have the default one alone.
+  elsewhere = {of("ap_fl", **more): runs_of(own=0.9, pooled=0.5) for more in criteria._READOUTS}
+  assert [row.verdict for row in CLAIMS["A11"].judge(evidence | elsewhere)[:8]] == [HOLDS] * 4 + [FAILS] * 4
   rival = of("ditto", ditto_proximal_weight=1.0)
   worse = [row.verdict for row in CLAIMS["A11"].judge(evidence | {rival: runs_of(own=0.9, pooled=0.7)})]
   assert worse[0] == worse[3] == FAILS and worse.count(FAILS) == 2

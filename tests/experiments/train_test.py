@@ -218,8 +218,11 @@ def test_the_rounds_of_another_run_give_the_same_bits(finished, tmp_path):
     assert result.returncode == 0, result.stderr
   assert numbers(tmp_path / "shared") == numbers(tmp_path / "alone") != numbers(finished[0])
   assert json.loads((tmp_path / "shared" / "summary.json").read_text())["rounds_of"] == finished[0].name
-  rounds = [json.loads(line)["round"] for line in (tmp_path / "shared" / "timings.jsonl").read_text().splitlines()]
-  assert rounds.count(8) == 3  # its last chunk, and twice what comes after: no round was computed again
+  timings = [json.loads(line) for line in (tmp_path / "shared" / "timings.jsonl").read_text().splitlines()]
+  assert [line["round"] for line in timings].count(
+    8
+  ) == 3  # its last chunk, and twice what comes after: no round was computed again
+  assert timings[-2]["compilations"] == 0 < timings[-1]["compilations"]  # of the plan, of scoring
 
 
 @pytest.mark.slow

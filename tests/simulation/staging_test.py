@@ -147,7 +147,7 @@ def test_without_rounds_to_compute_none_are_compiled():
   simulator, inputs = _simulator()
   never = lambda *shapes: pytest.fail("the rounds were compiled")
   staging = Staging(simulator._replace(compile=never), inputs)
-  plan, compiled = memory.plan(staging, ROUNDS, training=False)
+  plan, compiled = memory.plan(staging, ROUNDS, trained=True)
   rows = {need.what: need.bytes for need in plan.needs}
   assert compiled is None and rows["a chunk of rounds"] == 0 and rows["examples"] > 0
 
