@@ -28,7 +28,7 @@ from experiments.config import Config
 _GIVEN = ("algorithm", "seed", "workdir", "trained")  # fields of a run that the comparison decides
 _ROOT = Path(__file__).parents[1]
 _MARKERS = "<!-- methods: python -m experiments.methods --readme -->\n", "<!-- end of methods -->\n"
-_COMPARED = ("own: all", "pooled: personal")  # in pairs
+_COMPARED = ("own: all", "own: on balanced images", "pooled: personal")  # in pairs
 
 
 class Measure(NamedTuple):
@@ -74,6 +74,7 @@ def _server(summary: dict[str, Any]) -> float | None:
 
 MEASURES = {
   "own: all": Measure("%", _of("personal_accuracy", "mean")),
+  "own: on balanced images": Measure("%", _of("reweighted_accuracy", "mean")),
   "own: weighted": Measure("%", _of("personal_accuracy", "weighted_mean")),
   "own: worst 10 %": Measure("%", _of("personal_accuracy", "worst_decile")),
   "own: dropped": Measure("%", _of("personal_accuracy", "dropped")),

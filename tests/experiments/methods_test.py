@@ -58,16 +58,18 @@ def test_the_numbers_are_those_of_the_runs(compared):
   root, _, _ = compared
   results = json.loads((root / "results.json").read_text())
   for method in ("local", "fedavg"):
-    own, pooled, best, down = [], [], [], []
+    own, balanced, pooled, best, down = [], [], [], [], []
     for seed in (0, 1):
       rows = list(csv.DictReader((root / f"{method}-{seed}" / "clients.csv").open()))
       own.append(np.mean([float(row["personal_accuracy"]) for row in rows]))
+      balanced.append(np.mean([float(row["reweighted_accuracy"]) for row in rows]))
       pooled.append(np.mean([float(row["pooled_accuracy"]) for row in rows]))
       lines = (root / f"{method}-{seed}" / "metrics.jsonl").read_text().splitlines()
       best.append(max(json.loads(line)["personal_accuracy"] for line in lines))
       down.append(json.loads((root / f"{method}-{seed}" / "summary.json").read_text())["cost"]["bytes_down"])
     found = results["methods"][method]
-    for name, want in (("own: all", own), ("pooled: personal", pooled), ("best test round", best), ("down", down)):
+    wanted = {"own: all": own, "own: on balanced images": balanced, "pooled: personal": pooled}
+    for name, want in (wanted | {"best test round": best, "down": down}).items():
       assert found[name]["mean"] == pytest.approx(statistics.mean(want), abs=1e-6)
       assert found[name]["std"] == pytest.approx(statistics.stdev(want), abs=1e-6)
       assert list(found[name]["seeds"]) == ["0", "1"]
