@@ -1,6 +1,7 @@
 """From a `Config` to a run directory: what `experiments.train` does, as a function for Colab, sweeps and tests."""
 
 import csv
+import functools
 import hashlib
 import json
 import platform
@@ -374,23 +375,27 @@ def _trained(config: Config) -> Path | None:
     raise InputError(f"trained: got {there} with several processes that share a run; accepted is one")
   if not (there / "summary.json").is_file() or not (there / "flags.txt").is_file():
     raise InputError(f"trained: {there} holds no finished run, accepted is the directory of one")
-  needed = config.rounds_identity()
-  if not needed:
+  if not config.rounds_identity():
     raise InputError(
       f"trained: got {there} with --personalize_every={config.personalize_every}; accepted is --personalize_every=0"
     )
+  if lines := differing(config, there):
+    free = [name for name, setting in algorithms.settings(config.algorithm).items() if setting.personal]
+    may = ", ".join(["personal_steps", "judge", *(f"{config.algorithm}_{name}" for name in free)])
+    raise InputError(
+      f"trained: {there} has other rounds ({lines[0]} differs), accepted is a run with the same; free are {may}"
+    )
+  return there
+
+
+def differing(config: Config, there: Path) -> list[str]:
+  """The flags in which a run's rounds are others than those of the run in a directory; none if they are the same."""
   here = set()
   for line in (there / "flags.txt").read_text().splitlines():
     name = line.removeprefix("--algorithm=")
     entry = algorithms.METHODS.get(name) if name != line else None
     here.add(f"--algorithm={entry.rounds_of or name}" if entry else line)
-  if differing := sorted(needed - here):
-    free = [name for name, setting in algorithms.settings(config.algorithm).items() if setting.personal]
-    may = ", ".join(["personal_steps", "judge", *(f"{config.algorithm}_{name}" for name in free)])
-    raise InputError(
-      f"trained: {there} has other rounds ({differing[0]} differs), accepted is a run with the same; free are {may}"
-    )
-  return there
+  return sorted(config.rounds_identity() - here)
 
 
 def _agree(config: Config) -> None:
@@ -761,8 +766,9 @@ def versions() -> dict[str, str]:
   return {"apfl_jax": apfl_jax.__version__, "python": platform.python_version(), **found}
 
 
+@functools.cache
 def commit() -> str | None:
-  """The commit of the checkout that runs, with a + if it was changed; None outside one."""
+  """The commit of the checkout that runs, with a + if it was changed; None outside one. As it was when first asked."""
   here = Path(__file__).parent
   git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
   try:

@@ -1,9 +1,9 @@
 """Many runs in the folders of one root: those that are finished are not computed again, one that fails stops no other.
 
 The same command goes on where it was stopped. Runs that differ in nothing but what personal models read share their
-rounds, and those of one program, as with other seeds, come one after another and compile it once; neither changes a
-number. Several processes may work on one root at once, on the cores of a machine or on machines that share the folder:
-each takes the next run that is neither finished nor taken.
+rounds, also with those that another command left in the root, and those of one program, as with other seeds, come one
+after another and compile it once; neither changes a number. Several processes may work on one root at once, on the
+cores of a machine or on machines that share the folder: each takes the next run that is neither finished nor taken.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,10 +88,9 @@ def run(root: str | Path, configs: Mapping[str, Config]) -> Outcome:
             if config.progress:
               settled = len(summaries) + len(failed)
               print(f"[{settled + 1} of {len(placed)}] {name}{_left(seconds, placed, settled)}", file=sys.stderr)
-            same = [placed[other] for other, identity in identities.items() if identity == identities[name] != set()]
             if programs.job and (config.clock != "rounds" or programs.job.config.program_identity() != compiled[name]):
               _forget(programs)
-            summary = job.run(_sharing(config, same), programs)
+            summary = job.run(_sharing(config, Path(root)), programs)
             seconds.append(time.perf_counter() - start)
           summaries[name] = summary
           _trace(root, name).unlink(missing_ok=True)
@@ -138,11 +137,11 @@ def _forget(programs: job.Programs) -> None:
   gc.collect()
 
 
-def _sharing(config: Config, others: Iterable[Config]) -> Config:
-  """With the rounds of a finished one of the others, if there is one that this very code made."""
-  for other in others:
-    there = Path(other.workdir)
-    if (there / "summary.json").is_file() and (there / "checkpoints" / str(other.rounds)).is_dir():
+def _sharing(config: Config, root: Path) -> Config:
+  """With the rounds of a finished run in the root, if there is one that this very code made."""
+  for last in sorted(root.glob(f"*/checkpoints/{config.rounds}")):
+    there = last.parents[1]
+    if config.rounds_identity() and (there / "summary.json").is_file() and not job.differing(config, there):
       found = json.loads((there / "summary.json").read_text())
       if (found["commit"], found["versions"]) == (job.commit(), job.versions()):
         return dataclasses.replace(config, trained=str(there))

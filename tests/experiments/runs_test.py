@@ -88,6 +88,7 @@ def test_runs_share_rounds_where_only_personal_models_differ(monkeypatch, tmp_pa
     (workdir / "checkpoints" / ("" if config.trained else str(config.rounds))).mkdir(parents=True)
     made_by = {"commit": "another" if config.seed == 2 else job.commit(), "versions": job.versions()}
     (workdir / "summary.json").write_text(json.dumps(made_by))
+    (workdir / "flags.txt").write_text("\n".join(config.lines()))
     whose[workdir.name] = Path(config.trained).name
     return {}
 
@@ -126,6 +127,8 @@ def test_runs_share_rounds_where_only_personal_models_differ(monkeypatch, tmp_pa
   assert whose == dict.fromkeys(whose, "") | shared
   assert list(whose)[:5] == ["all", "curve", "curve, rho", "seed", "code"]  # of one program
   assert set(list(whose)[-len(shared) - 1 :]) == set(shared) | {"code, rho"}  # once their rounds are there
+  runs.run(tmp_path, {"another command": config(rho=0.1), "and its own": dataclasses.replace(config(), alpha=0.7)})
+  assert whose["another command"] == "all" and whose["and its own"] == ""
 
 
 def test_another_seed_compiles_nothing_and_has_the_numbers_that_it_has_alone(tmp_path):
