@@ -42,7 +42,9 @@ def value(target, model):
 
 
 @functools.partial(jax.jit, static_argnames="coupled")
-def chosen(local, friend, start, target, *, grid=True, guard=False, coupled=False, prior=None, variance=0.0):
+def chosen(
+  local, friend, start, target, *, grid=True, guard=False, with_start=True, coupled=False, prior=None, variance=0.0
+):
   return interpolation.choose(
     quadratic(target, variance),
     local,
@@ -52,6 +54,7 @@ def chosen(local, friend, start, target, *, grid=True, guard=False, coupled=Fals
     on_grid=jnp.asarray(grid),
     given=PAIR,
     guarded=jnp.asarray(guard),
+    with_start=jnp.asarray(with_start),
     coupled=coupled,
     prior=prior,
   )
@@ -88,6 +91,9 @@ def test_choose_is_the_brute_force_minimum_over_the_grid_the_ends_and_the_start(
   assert of(best) == pytest.approx(min(map(of, (given, local, friend, start))), rel=1e-5)
   if int(choice.guard) in (1, 2):
     assert float(choice.lambda_base) == float(choice.lambda_head) == {1: 1.0, 2: 0.0}[int(choice.guard)]
+
+  best, choice = chosen(*models, grid=False, guard=True, with_start=False)
+  assert of(best) == pytest.approx(min(map(of, (given, local, friend))), rel=1e-5) and int(choice.guard) != 3
 
   best, choice = chosen(*models, coupled=True)
   assert float(choice.lambda_base) == float(choice.lambda_head)
@@ -140,13 +146,16 @@ def test_a_flat_objective_leaves_the_prior():
 
 def test_one_share_of_mixed_answers_is_the_best_of_its_grid():
   values = jnp.array([3.0, 1.0, 2.0, 5.0, 0.5, 0.7])  # at 0, 1/3, 2/3, 1, given, start
-  choose = lambda grid, guard: interpolation.choose_share(
-    values, on_grid=jnp.bool_(grid), given=jnp.float32(0.25), guarded=jnp.bool_(guard)
+  choose = lambda grid, guard, with_start=True, values=values: interpolation.choose_share(
+    values,
+    on_grid=jnp.bool_(grid),
+    given=jnp.float32(0.25),
+    guarded=jnp.bool_(guard),
+    with_start=jnp.bool_(with_start),
   )
   assert float(choose(True, False).lambda_base) == pytest.approx(1 / 3)
   assert float(choose(False, False).lambda_head) == 0.25
   assert int(choose(True, True).guard) == 3 and int(choose(False, True).guard) == 0
-  worse = interpolation.choose_share(
-    values.at[0].set(0.1), on_grid=jnp.bool_(False), given=jnp.float32(0.25), guarded=jnp.bool_(True)
-  )
+  assert int(choose(True, True, False).guard) == 0
+  worse = choose(False, True, values=values.at[0].set(0.1))
   assert int(worse.guard) == 2 and float(worse.lambda_base) == 0

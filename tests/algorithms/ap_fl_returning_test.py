@@ -57,17 +57,19 @@ def compiled(source, **static):
   return jax.jit(run)
 
 
-def personal(*, source=SOURCE, trust=TRUST, seen=SEEN, kept=(), examples=None, few=False, **settings):
+def personal(*, source=SOURCE, trust=TRUST, seen=SEEN, kept=(), examples=None, few=False, judge=None, **settings):
   """The personal model of the client that downloaded `START`; all examples of all clients validate it.
 
-  With `few`, its own examples validate it, of which it has only the first `examples`.
+  With `few`, its own examples validate it, of which it has only the first `examples`; or those of client `judge`.
   """
   values = {name: algorithms.settings("ap_fl")[name].default for name in returning.Settings._fields}
   values |= {"friend_steps": FRIEND_STEPS, "beta": BETA, "rho": RHO, "temperature": TAU, "lambda_kd": LAMBDA_KD}
   values |= {"synthetic_examples": 8, "friend_start": "global"} | settings
   floats = {name: values.pop(name) for name in list(values) if isinstance(values[name], float)}
   data = linear.data(CLIENT, examples)
-  if not few:
+  if judge is not None:
+    data = data._replace(validation=linear.data(judge).train)
+  elif not few:
     data = data._replace(validation=Span(jnp.int32(0), jnp.int32(sum(linear.SIZES))))
   shared = Shared(as_float32(START), (), jnp.asarray(seen), (), jnp.float32(trust), kept)
   return compiled(source, **values)(as_float32(floats), shared, data, jax.random.key(0))
@@ -390,6 +392,15 @@ def test_with_few_validation_examples_the_number_of_examples_decides():
       np.testing.assert_allclose((choice.lambda_base, choice.lambda_head), (base, head), rtol=1e-5)
     else:
       assert float(choice.lambda_base) in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["grid", "output"])
+def test_few_validation_examples_do_not_bring_the_global_model_back(kind):
+  other = 1
+  x, y = linear.oracle(other)
+  cost = lambda params: entropies(params, x, y).mean() + RHO * TRUST[1] * entropies(params, *MADE).mean()
+  assert len(x) < 20 and cost(START) < min(cost(local()), cost(friend()))
+  assert int(personal(interpolation=kind, judge=other).choice.guard) in (0, 1, 2)
 
 
 @pytest.mark.parametrize(

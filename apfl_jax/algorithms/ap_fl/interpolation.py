@@ -112,8 +112,9 @@ def by_gradient(slope: Callable[[PyTree], PyTree], prior: PyTree) -> PyTree:
   return jax.tree.map(jax.nn.sigmoid, s)
 
 
-def _guard(chosen: Array, local: Array, friend: Array, start: Array, guarded: Array) -> Array:
+def _guard(chosen: Array, local: Array, friend: Array, start: Array, guarded: Array, with_start: Array) -> Array:
   """int32 []: which of four values is the least, the first where they are equal or nothing is guarded."""
+  start = jnp.where(with_start, start, jnp.inf)
   return jnp.where(guarded, jnp.argmin(jnp.stack([chosen, local, friend, start])), 0)
 
 
@@ -127,6 +128,7 @@ def choose(
   on_grid: Array,
   given: Params,
   guarded: Array,
+  with_start: Array,
   coupled: bool = False,
   prior: tuple[Array | float, Array | float] | None = None,
 ) -> tuple[Params, Choice]:
@@ -143,7 +145,8 @@ def choose(
     points: coefficients an axis of the grid.
     on_grid: bool [], whether the pair of the smallest J on the grid is chosen; `given` otherwise.
     given: coefficients as in `interpolate`; the head's is one.
-    guarded: bool [], whether L, F or the start replaces the choice if its J is smaller (method 2.9, guard).
+    guarded: bool [], whether L or F replaces the choice if its J is smaller (method 2.9, guard).
+    with_start: bool [], whether the start does so too; where guarded.
     coupled: whether only pairs of equal coefficients are chosen.
     prior: (lambda_b, lambda_h), to take that pair of the grid which is the nearest to it among those whose J exceeds
       the smallest by at most one standard error (method 2.9 a); None for the smallest.
@@ -177,7 +180,7 @@ def choose(
 
   # What lies within a standard error of the smallest counts as that, or the guard would undo the rule.
   value = jnp.where(on_grid, jnp.min(allowed), given_value)
-  winner = _guard(value, surface[-1, -1], surface[0, 0], start_value, guarded)
+  winner = _guard(value, surface[-1, -1], surface[0, 0], start_value, guarded, with_start)
   chosen = jax.tree.map(lambda share: jnp.select([winner == 1, winner == 2], [1.0, 0.0], share), chosen)
   mixed = interpolate(local, friend, chosen)
   real = losses.real
@@ -193,7 +196,7 @@ def choose(
   )
 
 
-def choose_share(values: Array, *, on_grid: Array, given: Array, guarded: Array) -> Choice:
+def choose_share(values: Array, *, on_grid: Array, given: Array, guarded: Array, with_start: Array) -> Choice:
   """One coefficient for mixed answers, chosen as `choose` does.
 
   Args:
@@ -201,11 +204,12 @@ def choose_share(values: Array, *, on_grid: Array, given: Array, guarded: Array)
     on_grid: bool [], whether the best point of the grid is chosen; `given` otherwise.
     given: float32 [].
     guarded: bool [], as in `choose`.
+    with_start: bool [], likewise.
   """
   values = jnp.where(jnp.isfinite(values), values, jnp.inf)
   surface, given_value, start_value = values[:-2], values[-2], values[-1]
   share = jnp.where(on_grid, jnp.linspace(0.0, 1.0, len(surface))[jnp.argmin(surface)], given)
   value = jnp.where(on_grid, jnp.min(surface), given_value)
-  winner = _guard(value, surface[-1], surface[0], start_value, guarded)
+  winner = _guard(value, surface[-1], surface[0], start_value, guarded, with_start)
   share = jnp.select([winner == 1, winner == 2], [1.0, 0.0], share)
   return Choice(share, share, winner)

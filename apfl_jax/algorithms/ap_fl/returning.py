@@ -49,7 +49,7 @@ STARTS = ("local", "global")
 REQUESTS = ("own_and_seen", "own", "seen")
 INTERPOLATIONS = ("grid", "grad", "size", "layer", "output", "fixed")
 
-_MANY_VALIDATION = 20  # examples under which no coefficient is chosen by them (method 2.9 c)
+_MANY_VALIDATION = 20  # examples under which neither a coefficient nor the global model is chosen by them (2.9 c)
 _BLOCK = 64  # validation examples at once
 
 Features = Callable[[PyTree], Array]  # (base) -> float32 [B, F]
@@ -214,6 +214,7 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
       return interpolate(local, friend, fixed), Choice(fixed.base, fixed.head, jnp.int32(0))
     softmax = classes if settings.mask_softmax else None
     means = over_examples(data, synthetic)
+    # Fewer choose no coefficients, nor the global model, which may be far worse, in place of what was trained.
     many = data.validation.size >= _MANY_VALIDATION
     guarded = data.validation.size > 0
     sizes = by_size(data.train.size, coupled=settings.coupled or settings.interpolation == "output")
@@ -243,7 +244,7 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
         mixed = jax.vmap(lambda share: mixed_answers(ours, theirs, share, classes))(shares)
         return jnp.concatenate([mixed, first[None]])
 
-      choice = choose_share(losses(logits_of).total, on_grid=many, given=sizes.head, guarded=guarded)
+      choice = choose_share(losses(logits_of).total, on_grid=many, given=sizes.head, guarded=guarded, with_start=many)
       local, friend = (jax.tree.map(lambda a, b: jnp.where(choice.guard == 3, a, b), start, p) for p in (local, friend))
       return Pair(local, friend, choice.lambda_base), choice
 
@@ -287,6 +288,7 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
       on_grid=(settings.interpolation == "grid") & many,
       given=given,
       guarded=guarded,
+      with_start=many,
       coupled=settings.coupled,
       prior=(prior.base, prior.head) if settings.one_standard_error else None,
     )
