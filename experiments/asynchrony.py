@@ -430,9 +430,13 @@ _MASK = {"softmax_mask": "present"}
 _HEAVY = {"speed": "pareto", "speed_spread": 1.0}
 _BUFFER = {"clock": "asynchronous", "fedbuff_buffer_size": 5}
 
+# The share of clients at work at a time: half leaves room for over-selection; as many as are never away let both runs
+# of a pair have the same number of visits in a time.
+_AT_WORK = {"target": 0.5, "return": 1 - _AWAY_SHARE}
+
 PARTS = {
   "target": Part(
-    _NOBODY_AWAY | _HEAVY | {"cohort_size": 10, "alpha": 0.5, "rounds": 60, "eval_every": 2},
+    _NOBODY_AWAY | _HEAVY | {"alpha": 0.5, "rounds": 60, "eval_every": 2},
     {
       _SYNCHRONOUS: of("fedavg", clock="synchronous"),
       "fedavg+selection": of("fedavg", clock="synchronous", over_selection=0.5, deadline=60.0),
@@ -468,9 +472,9 @@ def plan(
   """The runs of a part by label and seed."""
   settings, variants, _ = PARTS[part]
   known = settings | dict(given)
-  if part == "return":  # as many at work as are never away, so that both runs have the same number of visits in a time
+  if part in _AT_WORK:
     clients = (claims.SCALES[scale].settings | known).get("num_clients", Config.num_clients)
-    known = {"cohort_size": round((1 - _AWAY_SHARE) * clients)} | known
+    known = {"cohort_size": round(_AT_WORK[part] * clients)} | known
   made = lambda variant, seed: claims.make(variant, seed, scale, known | _trace(part, root, seed))
   return {(label, seed): made(variant, seed) for seed in seeds for label, variant in variants.items()}
 

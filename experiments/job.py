@@ -282,6 +282,9 @@ def _schedule(
   moving = {"download": download, "upload": upload}
   presence = config.softmax_mask == "present"
   made = simulation.schedule.make(process, inputs.settings, config.seed, settings, compute, **moving, presence=presence)
+  if not made.arrives.any():
+    cause = f"deadline: got {config.deadline:g}" if config.deadline else f"dropout: got {config.dropout!r}"
+    raise InputError(f"{cause}, with which no upload of the run arrives; accepted is one with which some do")
   if config.clock == "asynchronous":
     # Batches are as wide under every seed, for their width is a shape: as those of seed 0 if clients were alike.
     alike = np.full(config.num_clients, compute.mean())
@@ -383,7 +386,8 @@ def _trained(config: Config) -> Path | None:
     free = [name for name, setting in algorithms.settings(config.algorithm).items() if setting.personal]
     may = ", ".join(["personal_steps", "judge", *(f"{config.algorithm}_{name}" for name in free)])
     raise InputError(
-      f"trained: {there} has other rounds ({lines[0]} differs), accepted is a run with the same; free are {may}"
+      f"trained: {there} has other rounds ({lines[0]} differs), accepted is a run with the same, as with"
+      f" --flagfile={there / 'flags.txt'}; free are {may}"
     )
   return there
 

@@ -566,7 +566,12 @@ def load(path: Path, clock: str, num_clients: int, cohort_size: int, rounds: int
     plain = {name: columns.pop(name).item() for name in names}
     schedule = Schedule(**plain, **columns)
   except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-    reason = next(iter(str(error).splitlines()), type(error).__name__)[:100]
+    if isinstance(error, (KeyError, TypeError)):
+      reason = "it has other arrays"
+    elif isinstance(error, OSError) and error.strerror:
+      reason = error.strerror
+    else:
+      reason = "it is no .npz file"
     raise InputError(
       f"schedule: {path} is no saved schedule ({reason}), accepted is the schedule.npz of a run"
     ) from error

@@ -43,6 +43,15 @@ def done(some, config=None, dropped=(), arrays=None, **time):
   return Done(config, run.Run(Path(), summary, ["a", "b", "c"], [], some, [], people, arrays or {}))
 
 
+@pytest.mark.parametrize("scale", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_can_run_at_every_scale(part, scale, tmp_path):
+  configs = asynchrony.plan(part, [1], scale, {}, tmp_path)
+  assert len(configs) == len(PARTS[part].variants)
+  sizes = {"target": {"digits": 5, "fashion_mnist": 10}, "return": {"digits": 4, "fashion_mnist": 8}}
+  assert {config.cohort_size for config in configs.values()} == {sizes.get(part, {}).get(scale, 0)}
+
+
 def test_the_target_is_synchronous_fedavgs_and_each_seeds_own():
   found = {}
   for seed, shift in ((1, 0.0), (2, 0.1)):

@@ -136,6 +136,12 @@ def test_a_schedule_that_does_not_tell_who_is_there_is_one_line(tmp_path):
     job.prepare(dataclasses.replace(BASE, schedule=str(path), softmax_mask="present"))
 
 
+def test_a_clock_on_which_nothing_arrives_is_one_line():
+  late = dataclasses.replace(BASE, algorithm="fedavg", settings={}, clock="synchronous", deadline=1e-3)
+  with pytest.raises(InputError, match=r"deadline: got 0\.001, with which no upload of the run arrives"):
+    job.prepare(late)
+
+
 def test_a_schedule_of_another_run_is_one_line(tmp_path):
   with pytest.raises(InputError, match="nothing.npz is no saved schedule"):
     job.prepare(dataclasses.replace(BASE, schedule=str(tmp_path / "nothing.npz")))

@@ -335,8 +335,9 @@ def test_a_schedule_of_another_run_is_refused(tmp_path, wrong):
 def test_what_is_no_schedule_is_refused(tmp_path):
   (tmp_path / "text").write_text("no archive")
   np.savez(tmp_path / "other.npz", x=np.ones(2))
-  for name in ("text", "other.npz", "nowhere"):
-    with pytest.raises(InputError, match="is no saved schedule"):
+  told = {"text": "it is no .npz file", "other.npz": "it has other arrays", "nowhere": "No such file or directory"}
+  for name, reason in told.items():
+    with pytest.raises(InputError, match=rf"{name} is no saved schedule \({reason}\)"):
       schedule.load(tmp_path / name, "asynchronous", N, 4, 9)
 
 
