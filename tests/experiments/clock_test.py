@@ -137,7 +137,7 @@ def test_a_schedule_that_does_not_tell_who_is_there_is_one_line(tmp_path):
 
 
 def test_a_clock_on_which_nothing_arrives_is_one_line():
-  late = dataclasses.replace(BASE, algorithm="fedavg", settings={}, clock="synchronous", deadline=1e-3)
+  late = dataclasses.replace(BASE, algorithm="fedavg", settings={}, clock="synchronous", concurrency=0, deadline=1e-3)
   with pytest.raises(InputError, match=r"deadline: got 0\.001, with which no upload of the run arrives"):
     job.prepare(late)
 
