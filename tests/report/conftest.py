@@ -76,12 +76,13 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
     file.write(json.dumps(evaluation) + "\n")
   with (path / "clients.csv").open("w", newline="") as file:
     writer = csv.writer(file)
-    header = "client,dropped,rounds_present,train_size,classes,personal_accuracy,global_accuracy,pooled_accuracy"
+    header = "client,dropped,rounds_present,train_size,classes,personal_accuracy,global_accuracy"
+    header += ",pooled_accuracy,reweighted_accuracy"
     # What each client chose is told by methods that mix two models.
     writer.writerow(header.split(",") + (["lambda_base", "lambda_head", "guard", "barrier"] if generator else []))
     for i in range(clients):
       held = " ".join(map(str, np.flatnonzero(histogram[i])))
-      scores = (personal[i], shared[i], 0.5) if evaluated else ("", "", "")
+      scores = (personal[i], shared[i], 0.5, 0.9) if evaluated else ("", "", "", "")
       chosen = (round(0.2 * (i % 6), 1), 0.6, 0, 0.25 if i == 1 else 0.01) if generator else ()
       writer.writerow([i, int(dropped[i]), 0 if dropped[i] else rounds, histogram[i].sum(), held, *scores, *chosen])
   summary = {
