@@ -740,6 +740,7 @@ def _time(job: Job) -> dict[str, Any] | None:
     "virtual_seconds": float(schedule.seconds[-1]),
     "round_seconds": schedule.round_seconds,
     "idle_share": schedule.idle_share,
+    "visits": schedule.visits,
     "staleness": schedule.staleness_histogram(),
     "batches": {"count": len(sizes), "mean": float(sizes.mean()), "max": int(sizes.max())},
   }

@@ -180,10 +180,10 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
     *_notes(run),
     "<h2>Test accuracy</h2>",
     _results(run.summary),
-    "<p>In percent; means over clients. A dropped client never took part in training or left for good; a monopolist "
-    "holds a class that only dropped clients hold; worst 10&nbsp;% is the mean over the tenth of the clients that is "
-    "served worst. Own test examples have the classes of the client's own data; the pooled test set has all "
-    "classes.</p>",
+    "<p>In percent; means over clients. A dropped client never took part in training, whether it was away, not drawn "
+    "or its uploads came too late, or left for good; a monopolist holds a class that only dropped clients hold; worst "
+    "10&nbsp;% is the mean over the tenth of the clients that is served worst. Own test examples have the "
+    "classes of the client's own data; the pooled test set has all classes.</p>",
     _unseen(run),
     _verification(run),
     _fairness(run),
@@ -375,7 +375,7 @@ def _figure(heading: str, caption: str, image: bytes) -> str:
 def _costs(run: runs.Run) -> dict[str, str]:
   """What the run took, in words; what is not known is left out."""
   summary = run.summary
-  cost = summary.get("cost") or {}
+  cost, clock = summary.get("cost") or {}, summary.get("time") or {}
   rounds = np.diff([line["round"] for line in run.timings], prepend=0)
   seconds = np.array([line["seconds"] - line["compile_seconds"] for line in run.timings])
   trained = rounds > 0  # what only evaluates adds a line, but no round
@@ -384,6 +384,8 @@ def _costs(run: runs.Run) -> dict[str, str]:
   facts = {
     "time": _duration(summary.get("seconds")),
     "of which compiling": _duration(summary.get("compile_seconds")),
+    "virtual time": _virtual(clock),
+    "visits begun": _visits(clock),
     "a round, compiled (median over chunks)": _duration(
       float(np.median(seconds[trained] / rounds[trained])) if trained.any() else None
     ),
@@ -405,6 +407,21 @@ def _costs(run: runs.Run) -> dict[str, str]:
     "commit": str(summary.get("commit") or ""),
   }
   return {name: value for name, value in facts.items() if value}
+
+
+def _virtual(clock: Mapping[str, Any]) -> str:
+  """Virtual seconds and idle time in words; empty in plain rounds."""
+  if not clock:
+    return ""
+  idle = tables.percent(clock["idle_share"])
+  return f"{clock['virtual_seconds']:.4g} s on the {clock['clock']} clock, {idle} % of it idle"
+
+
+def _visits(clock: Mapping[str, Any]) -> str:
+  """How many visits there were and what became of them; empty in plain rounds."""
+  visits = clock.get("visits") or {}
+  told = ", ".join(f"{number:,} {what}" for what, number in visits.items() if number)
+  return f"{sum(visits.values()):,}: {told}" if visits else ""
 
 
 def _duration(seconds: float | None) -> str:

@@ -148,7 +148,9 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
     summary["privacy"] = {"examples": 100, "closer": 0.512, "distance_auc": 0.52, "loss_auc": None}
   if timed:
     staleness = {"edges": [0, 1, 2, 3], "counts": [90, 40, 3]}
-    summary["time"] = {"virtual_seconds": 30.0 * rounds, "idle_share": 0.1, "staleness": staleness}
+    visits = {"arrived": 133, "lost": 0, "cut off": 1207}
+    clock = {"clock": "synchronous", "virtual_seconds": 30.0 * rounds, "idle_share": 0.1}
+    summary["time"] = clock | {"staleness": staleness, "visits": visits}
   (path / "summary.json").write_text(json.dumps(summary))
   followed = np.sort(rng.permutation(clients)[:200])
   took_part = (rng.random((rounds, followed.size)) < 0.8) & ~dropped[followed]

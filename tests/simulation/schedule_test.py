@@ -183,6 +183,23 @@ def test_synchronous_schedules(seed, rates, spread, cohort, over, deadline, roun
   assert not plan.layout.alone and plan.layout.width == made.places
 
 
+@pytest.mark.parametrize(
+  "values",
+  [
+    {"clock": "synchronous", "over_selection": 0.8, "deadline": 9.0},
+    {"clock": "asynchronous", "concurrency": 5, "max_staleness": 3},
+  ],
+  ids=lambda values: values["clock"],
+)
+def test_every_visit_that_begins_arrives_is_lost_or_is_not_waited_for(values):
+  made = _play(4, (0.3, 0.2), 1.0, rounds=12, cohort_size=4, **values)
+  found = made.visits
+  assert sum(found.values()) == made.starts.sum() and min(found.values()) > 0, found
+  assert found["arrived"] == sum(made.staleness_histogram()["counts"])
+  unheard = [bool(g < 0 and s < made.seconds[-1]) for g, s in zip(made.group, made.start, strict=True)]
+  assert found["cut off" if values["clock"] == "synchronous" else "not over"] == sum(unheard)
+
+
 def test_durations_are_download_steps_and_upload():
   traced = {"rates": np.zeros(2, np.float32), "spread": np.float32(0.9)}
   values = Settings("asynchronous", rounds=4, cohort_size=3, concurrency=3, round_seconds=4.0)
