@@ -429,6 +429,7 @@ _ONE_BY_ONE = {"ap_fl_mixing": 0.5, "ap_fl_staleness_exponent": 0.5}
 _MASK = {"softmax_mask": "present"}
 _HEAVY = {"speed": "pareto", "speed_spread": 1.0}
 _BUFFER = {"clock": "asynchronous", "fedbuff_buffer_size": 5}
+_LONG = {"personal_steps": 400, "ap_fl_friend_steps": 200}  # a return gains on its twin with the length of its training
 
 # The share of clients at work at a time: half leaves room for over-selection; as many as are never away let both runs
 # of a pair have the same number of visits in a time.
@@ -445,7 +446,7 @@ PARTS = {
     _target,
   ),
   "return": Part(
-    _ONE_BY_ONE | {"speed": "lognormal", "bandwidth": 1e5, "eval_every": 0, "personalize_every": 10},
+    _ONE_BY_ONE | _LONG | {"speed": "lognormal", "bandwidth": 1e5, "eval_every": 0, "personalize_every": 10},
     {
       _AWAY: of("ap_fl", clock="asynchronous", **_COLD),
       _TWIN: of("ap_fl", clock="asynchronous", **_NOBODY_AWAY),

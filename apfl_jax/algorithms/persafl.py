@@ -14,10 +14,11 @@ No code was found; the equations are recalled [M]. The server takes whatever arr
 s(tau) = (1 + tau)^-power; the paper's server step is constant [M], so power is 0 unless set. s scales the update, not
 its weight, or a single arrival would not feel it.
 
-What a client does is that of `fedavg_ft` (personalised at rate alpha), `per_fedavg` or `pfedme`, with the exact
-Hessian-vector product unless `first_order`. The paper's personal model takes one step [M]; here it takes
-`personal_steps`, for each option of its own kind (A's and B's rates fall along a cosine, from which a single step sees
-nothing).
+What a client does is that of `fedavg_ft` (personalised at rate alpha), `per_fedavg` or `pfedme`. B leaves the Hessian
+out, as `per_fedavg` does, unless `first_order` is false: then the Hessian-vector product is exact, with which training
+fails on some seeds at rates that FedAvg stands (experiments/results/methods.md). The paper's personal model takes one
+step [M], for which a rate of .01 is meant (method 3.2 [O]); here it takes `personal_steps`, for each option of its own
+kind (A's and B's rates fall along a cosine, from which a single step sees nothing), hence the learning rate unless set.
 """
 
 from typing import Annotated
@@ -43,7 +44,7 @@ def persafl(
   server_learning_rate: Positive = 1.0,
   staleness_power: Weight = 0.0,
   alpha: Positive = 1.0,
-  first_order: bool = False,
+  first_order: bool = True,
   envelope_weight: Positive = 25.0,
   inner_steps: Annotated[int, Limits(least=1)] = 5,
   inner_learning_rate: Positive = 0.02,
@@ -56,7 +57,7 @@ def persafl(
     server_learning_rate: beta.
     staleness_power: exponent of the discount for staleness; 0 is none.
     alpha: rate of B's inner step and of A's and B's personal ones, in units of the learning rate.
-    first_order: B without the Hessian.
+    first_order: B without the Hessian; false takes exact Hessian-vector products.
     envelope_weight: C's lambda.
     inner_steps: C's K.
     inner_learning_rate: of C's steps; times `envelope_weight` it must stay below 2.

@@ -13,7 +13,11 @@ SCHEDULE = (((0, 1, 2), (2,)), ((0, 2), ()))
 FAST = {"inner_learning_rate": 0.05, "envelope_weight": 3.0}
 SAME = {
   "a": ({}, lambda task: fedavg_ft(task)),
-  "b": ({"alpha": 0.6}, lambda task: per_fedavg(task, alpha=0.6, first_order=False)),
+  "b": ({"alpha": 0.6}, lambda task: per_fedavg(task, alpha=0.6, first_order=True)),
+  "b exact": (
+    {"option": "b", "alpha": 0.6, "first_order": False},
+    lambda task: per_fedavg(task, alpha=0.6, first_order=False),
+  ),
   "c": (FAST, lambda task: pfedme(task, **FAST)),
 }
 
@@ -21,8 +25,9 @@ SAME = {
 @pytest.mark.parametrize("option", SAME)
 def test_without_delay_it_is_the_synchronous_method_and_personalises_as_that_does(option):
   settings, other = SAME[option]
+  settings = {"option": option} | settings
   task = linear.task(weighting="uniform", batch_size=4)
-  both = [linear.Rounds(persafl(task, option=option, **settings)), linear.Rounds(other(task))]
+  both = [linear.Rounds(persafl(task, **settings)), linear.Rounds(other(task))]
   for rounds in both:
     for ids, lost in SCHEDULE:
       rounds.advance(ids, lost=lost)
@@ -48,8 +53,8 @@ def test_the_plain_option_has_a_rate_of_its_own_when_it_personalises_and_there_a
 
 
 def test_the_options_differ_and_so_does_the_first_order_of_b():
-  algorithms = [persafl(linear.task(), option=option) for option in "abc"]
-  algorithms.append(persafl(linear.task(), option="b", first_order=True))
+  algorithms = [persafl(linear.task(), option=option, alpha=1.0) for option in "abc"]
+  algorithms.append(persafl(linear.task(), option="b", alpha=1.0, first_order=False))
   ends = []
   for algorithm in algorithms:
     rounds = linear.Rounds(algorithm)

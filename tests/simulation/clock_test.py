@@ -194,7 +194,7 @@ METHODS = {
     lambda: Buffered(3, 0.8, 0.7),
   ),
   "persafl": (
-    lambda: persafl(TASK, option="b", alpha=0.6, staleness_power=0.9, server_learning_rate=0.4),
+    lambda: persafl(TASK, option="b", alpha=0.6, first_order=False, staleness_power=0.9, server_learning_rate=0.4),
     lambda: Personal(0.6, 0.9, 0.4),
   ),
 }
