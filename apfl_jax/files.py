@@ -20,3 +20,9 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, content: str | bytes) -> None:
+  """A file of this content, text in UTF-8, that appears whole."""
+  with replacing(path) as temporary:
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from apfl_jax import algorithms
+from apfl_jax import algorithms, files
 from apfl_jax.errors import InputError
-from apfl_jax.files import replacing
 from apfl_jax.report import plots, run, tables
 from experiments import config, fronts, runs
 from experiments.config import Config
@@ -69,7 +68,12 @@ def make(variant: Variant, seed: int, scale: str, given: Mapping[str, Any]) -> C
   named = {name: own_setting(variant.algorithm, name) for name in chosen}
   own = {named[name]: value for name, value in chosen.items() if named[name]}
   shared = {name: value for name, value in chosen.items() if name in fields}
-  return Config(algorithm=variant.algorithm, seed=seed, settings=own, **shared)
+  around = {
+    wrapper: {short: value for name, value in chosen.items() if (short := own_setting(wrapper, name))}
+    for wrapper in algorithms.WRAPPERS
+    if wrapper in config.listed(shared.get("wrappers", ""))
+  }
+  return Config(algorithm=variant.algorithm, seed=seed, settings=own, wrapper_settings=around, **shared)
 
 
 def plan(
@@ -168,14 +172,14 @@ def write(root: Path, rows: Sequence[Row], evidence: Evidence, facts: Mapping[st
     ]
     try:
       file = f"fronts_{'few' if few else 'all'}.png"
-      _replace(root / file, plots.fronts(lines(by_method), "pooled accuracy", "own accuracy"))
+      files.write(root / file, plots.fronts(lines(by_method), "pooled accuracy", "own accuracy"))
       parts.append(f"![{name}]({file})")
     except InputError as error:  # matplotlib is missing; the numbers are all there
       print(f"fronts are not drawn: {error}", file=sys.stderr)
   text = "\n\n".join(parts) + "\n"
   content = {"facts": dict(facts), "claims": [row._asdict() for row in rows], "fronts": drawn}
-  _replace(root / "claims.json", (json.dumps(content, indent=2) + "\n").encode())
-  _replace(root / "claims.md", text.encode())
+  files.write(root / "claims.json", json.dumps(content, indent=2) + "\n")
+  files.write(root / "claims.md", text)
   return text
 
 
@@ -192,11 +196,6 @@ def lines(by_method: Mapping[str, Sequence[fronts.Point]]) -> list[plots.Front]:
   ]
 
 
-def _replace(path: Path, content: bytes) -> None:
-  with replacing(path) as temporary:
-    temporary.write_bytes(content)
-
-
 def parse_claims(text: str) -> list[str]:
   """The claims of a comma list, each once, or all."""
   ids = list(CLAIMS) if text == "all" else list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
@@ -207,9 +206,10 @@ def parse_claims(text: str) -> list[str]:
 
 
 def given_flags(but: Collection[str] = _GIVEN) -> dict[str, Any]:
-  """Settings of runs and of methods that the command line gives, `but` for fields that are no flags."""
+  """Settings of runs, methods and wrappers that the command line gives, `but` for fields that are no flags."""
   names = [field.name for field in config.fields() if field.name not in but]
-  names += [f"{owner}_{name}" for owner in algorithms.METHODS for name in algorithms.settings(owner)]
+  owners = (*algorithms.METHODS, *algorithms.WRAPPERS)
+  names += [f"{owner}_{name}" for owner in owners for name in algorithms.settings(owner)]
   return {name: flags.FLAGS[name].value for name in names if flags.FLAGS[name].present}
 
 
@@ -220,6 +220,9 @@ def main(arguments: Sequence[str]) -> int:
   ids, seeds, scale = parse_claims(asked.claims), parse_seeds(asked.seeds), asked.scale
   given = given_flags()
   configs, names = plan(ids, seeds, scale, given)
+  methods = list(dict.fromkeys(one.algorithm for one in configs.values()))
+  config.note_unused(methods)
+  config.note_time(methods)
   root = Path(asked.output)
   if asked.dry_run:
     placed = {name: root / name / "summary.json" for name in configs}
@@ -236,7 +239,7 @@ def main(arguments: Sequence[str]) -> int:
   for name, summary in outcome.summaries.items():
     variant, seed = names[name]
     evidence.setdefault(variant, {})[seed] = load(summary)
-  words = [f"--{name}={'DIR' if name in ('data_dir', 'trace') else value}" for name, value in given.items()]
+  words = [f"--{name}={'DIR' if name in config.PATHS else value}" for name, value in given.items()]
   own = [f"--scale={scale}", f"--seeds={asked.seeds}", f"--claims={asked.claims}", "--output=DIR"]
   command = " ".join(["python -m experiments.claims", *map(shlex.quote, [*own, *words])])
   print(write(root, judged(ids, evidence), evidence, runs.facts(outcome, command)))

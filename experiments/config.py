@@ -31,6 +31,8 @@ _OF_A_SCHEDULE = (
   *("concurrency", "over_selection", "deadline", "max_staleness", "server_wait"),
   *("dropout", "drop_rate", "leave_at", "off_rounds", "day_rounds", "regions", "trace", "trace_round"),
 )
+# Of this machine, so that no table that is shown around has them.
+PATHS = ("data_dir", "trace", "schedule")
 # May differ when a run is continued.
 _NOT_OF_A_RUN = ("workdir", "progress", "report", "data_on", "client_state", "memory_limit")
 # What examples there are, and when something is scored or kept: no program knows.
@@ -236,7 +238,7 @@ class Config:
   @property
   def wrapper_names(self) -> tuple[str, ...]:
     """The wrappers, the innermost first."""
-    names = _listed(self.wrappers)
+    names = listed(self.wrappers)
     for name in names:
       if name not in algorithms.WRAPPERS:
         raise InputError(f"wrappers: got {name!r}, accepted are {', '.join(algorithms.WRAPPERS)}, comma-separated")
@@ -348,7 +350,7 @@ _DEFINE: dict[type, Any] = {
 }
 
 
-def _listed(text: str) -> tuple[str, ...]:
+def listed(text: str) -> tuple[str, ...]:
   """The parts of a comma-separated list."""
   return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -373,17 +375,21 @@ def from_flags(**given: Any) -> Config:
   of = lambda owner: {name: flags.FLAGS[f"{owner}_{name}"].value for name in algorithms.settings(owner)}
   if values["algorithm"] in algorithms.METHODS:
     values["settings"] = of(values["algorithm"])
-  values["wrapper_settings"] = {name: of(name) for name in _listed(values["wrappers"]) if name in algorithms.WRAPPERS}
+  values["wrapper_settings"] = {name: of(name) for name in listed(values["wrappers"]) if name in algorithms.WRAPPERS}
   return Config(**values)
 
 
 def note_unused(methods: Collection[str]) -> None:
-  """Tells of flags that are settings of other methods and wrappers, and what `notes_on_time` has to tell."""
-  used = (*methods, *_listed(flags.FLAGS.wrappers))
+  """Tells of flags that are settings of other methods and wrappers."""
+  used = (*methods, *listed(flags.FLAGS.wrappers))
   for other in (*algorithms.METHODS, *algorithms.WRAPPERS):
     for name in algorithms.settings(other) if other not in used else ():
       if flags.FLAGS[f"{other}_{name}"].present:
         print(f"note: --{other}_{name} has no effect on {', '.join(used)}", file=sys.stderr)
+
+
+def note_time(methods: Collection[str]) -> None:
+  """Tells what `notes_on_time` has to tell."""
   for note in notes_on_time(methods, flags.FLAGS.flag_values_dict()):
     print(f"note: {note}", file=sys.stderr)
 

@@ -19,9 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import apfl_jax
-from apfl_jax import algorithms, data, metrics, nn, population, random, report, semantics, simulation, training
+from apfl_jax import algorithms, data, files, metrics, nn, population, random, report, semantics, simulation, training
 from apfl_jax.errors import InputError
-from apfl_jax.files import replacing
 from apfl_jax.types import Algorithm, Array, Federation, HeldOut, LocalSGD, Process, PyTree, Task
 from experiments import judge
 from experiments.config import Config
@@ -352,9 +351,9 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
   if not writes:
     return _announced(summary, workdir)
   _write_clients(workdir / "clients.csv", job, result, arrays, simulation.cost_per_client(prices, result))
-  with replacing(workdir / "arrays.npz") as path, open(path, "wb") as file:
+  with files.replacing(workdir / "arrays.npz") as path, open(path, "wb") as file:
     np.savez_compressed(file, allow_pickle=False, **arrays)
-  _write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+  files.write(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
   if config.report:
     _draw(workdir)
   if not any(result.record.arrived):
@@ -548,7 +547,7 @@ def _claim(workdir: Path, config: Config, *, write: bool) -> dict[str, Any] | No
   if write:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
-      _write_text(kept, "\n".join(config.lines()) + "\n")
+      files.write(kept, "\n".join(config.lines()) + "\n")
     except OSError as error:
       raise InputError(
         f"workdir: {workdir} cannot be written ({error.strerror}), accepted is a writable place"
@@ -560,7 +559,7 @@ def _begin(workdir: Path, job: Job, *, write: bool) -> None:
   """The directory is the run's from now on, and has its schedule."""
   _claim(workdir, job.config, write=write)
   if write and job.clock:
-    with replacing(workdir / "schedule.npz") as path, open(path, "wb") as file:
+    with files.replacing(workdir / "schedule.npz") as path, open(path, "wb") as file:
       simulation.schedule.save(job.clock.schedule, file)
 
 
@@ -573,7 +572,7 @@ def _announced(summary: dict[str, Any], workdir: Path) -> dict[str, Any]:
 def _write_record(workdir: Path, record: simulation.Record) -> None:
   """metrics.jsonl and timings.jsonl, whole: after a resume they hold what the checkpoint holds, and no more."""
   for name, rows in (("metrics.jsonl", record.metrics), ("timings.jsonl", record.timings)):
-    _write_text(workdir / name, "".join(json.dumps(row) + "\n" for row in rows))
+    files.write(workdir / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_clients(
@@ -605,7 +604,7 @@ def _write_clients(
     **{name: [f"{value:.0f}" for value in values] for name, values in costs._asdict().items()},
     **{name: cells(values) for name, values in _described(result).items() if values.ndim == 1},
   }
-  with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+  with files.replacing(path) as temporary, open(temporary, "w", newline="") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
@@ -709,7 +708,7 @@ def _summary(
     "unseen": unseen,
     "verification": _verification(job, result),
     "cost": simulation.cost(prices, result, job.inputs, generates=generates)._asdict(),
-    "time": _time(job),
+    "time": _time(job, sum(result.record.arrived)),
     "partition": config.partition,
     "alpha": config.alpha if config.partition == "dirichlet" else None,
     "dropout": config.dropout,
@@ -730,8 +729,8 @@ def _summary(
   }
 
 
-def _time(job: Job) -> dict[str, Any] | None:
-  """What summary.json says of virtual time; None for rounds."""
+def _time(job: Job, arrived: int) -> dict[str, Any] | None:
+  """What summary.json says of virtual time; None for rounds. Of uploads that should, so many `arrived`."""
   if job.clock is None:
     return None
   schedule, sizes = job.clock.schedule, job.clock.sizes
@@ -740,7 +739,7 @@ def _time(job: Job) -> dict[str, Any] | None:
     "virtual_seconds": float(schedule.seconds[-1]),
     "round_seconds": schedule.round_seconds,
     "idle_share": schedule.idle_share,
-    "visits": schedule.visits,
+    "visits": schedule.visits(arrived),
     "staleness": schedule.staleness_histogram(),
     "batches": {"count": len(sizes), "mean": float(sizes.mean()), "max": int(sizes.max())},
   }
@@ -780,8 +779,3 @@ def commit() -> str | None:
     return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
   except (OSError, subprocess.CalledProcessError):
     return None
-
-
-def _write_text(path: Path, text: str) -> None:
-  with replacing(path) as temporary:
-    temporary.write_text(text)

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from apfl_jax import algorithms, metrics
+from apfl_jax import algorithms, files, metrics
 from apfl_jax.errors import InputError
-from apfl_jax.files import replacing
 from apfl_jax.report import html, plots, tables
 from experiments import config, runs
 from experiments.config import Config
@@ -207,11 +206,11 @@ def _write(
     if points:
       picture = plots.compare(points, "personal models on the pooled test set", "personal models on own test examples")
       sections.append(html.Section("Own against pooled", "A point for each method, bars of ± a deviation.", picture))
-      _replace(root / "accuracy.png", picture)
+      files.write(root / "accuracy.png", picture)
   except InputError as error:  # matplotlib is missing; the numbers are all there
     print(f"accuracy.png is not drawn: {error}", file=sys.stderr)
-  _replace(root / "table.html", html.page(title, sections).encode())
-  _replace(root / "table.md", _markdown(title, sections).encode())
+  files.write(root / "table.html", html.page(title, sections))
+  files.write(root / "table.md", _markdown(title, sections))
   results = {
     "facts": facts,
     "methods": {
@@ -225,16 +224,11 @@ def _write(
     "failed": outcome.failed,
     "elsewhere": list(outcome.elsewhere),
   }
-  _replace(root / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+  files.write(root / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def _plain(by_seed: dict[int, float]) -> dict[str, float | None]:
   return {str(seed): None if math.isnan(value) else value for seed, value in by_seed.items()}
-
-
-def _replace(path: Path, content: bytes) -> None:
-  with replacing(path) as temporary:
-    temporary.write_bytes(content)
 
 
 def _markdown(title: str, sections: Sequence[html.Section]) -> str:
@@ -324,7 +318,8 @@ def _changed(configs: Iterable[Config]) -> list[str]:
     usual = Config(algorithm=one.algorithm).lines()
     found |= dict.fromkeys(line for line in one.lines() if line not in usual)
   left_out = tuple(f"--{name}=" for name in (*_GIVEN, "progress", "report"))
-  lines = ["--data_dir=DIR" if line.startswith("--data_dir=") else line for line in found]
+  hidden = [f"--{name}=" for name in config.PATHS]
+  lines = [next((f"{start}DIR" for start in hidden if line.startswith(start)), line) for line in found]
   return [shlex.quote(line) for line in lines if not line.startswith(left_out)]
 
 
@@ -407,13 +402,14 @@ def main(arguments: Sequence[str]) -> int:
   asked = flags.FLAGS
   if asked.readme:
     path = _ROOT / "README.md"
-    _replace(path, with_table(path.read_text()).encode())
+    files.write(path, with_table(path.read_text()))
     return 0
   if asked.methods == "help":
     print(config.table_of_methods())
     return 0
   methods, seeds, pairs = parse_methods(asked.methods), parse_seeds(asked.seeds), parse_pairs(asked.pairs)
   config.note_unused(methods)
+  config.note_time(methods)
   configs = plan(
     methods, seeds, lambda method, seed: config.from_flags(algorithm=method, seed=seed, workdir=asked.output)
   )
@@ -421,7 +417,7 @@ def main(arguments: Sequence[str]) -> int:
     print(runs.listed(asked.output, configs))
     return 0
   own = {name: str(asked[name].value) for name in ("methods", "seeds", "pairs") if asked[name].present}
-  own["output"] = "DIR"  # as data_dir: no path of this machine in a table that is shown around
+  own["output"] = "DIR"
   best = ["--best_round"] if asked.best_round else []
   words = [*(shlex.quote(f"--{name}={value}") for name, value in own.items()), *best, *_changed(configs.values())]
   command = " ".join(["python -m experiments.methods", *words])

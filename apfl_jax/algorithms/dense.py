@@ -8,7 +8,7 @@ The server distils the ensemble of the clients' models, D(x) = mean_k w_k(x), in
 
 The paper is one-shot: `--rounds=1` with many local epochs. In a longer run the first rounds are FedAvg's and each of
 the last tenth does all this anew [O]; w starts at the mean of the clients' models (there at a model of its own, since
-clients' networks may differ).
+clients' networks may differ). Of uploads that are aggregated one by one each is a round, its client the ensemble.
 
 As in the authors' code [C]: labels are uniform over all classes, G does not see them, z is trained, the ensemble takes
 every client alike. What differs: there are no BatchNorm layers, so clients send channel moments of their

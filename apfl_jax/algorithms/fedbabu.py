@@ -13,13 +13,13 @@ import jax
 
 from apfl_jax import training
 from apfl_jax.algorithms.fedrep import fedrep
-from apfl_jax.settings import Limits
+from apfl_jax.settings import Limits, Personal
 from apfl_jax.types import Algorithm, Params, Task, Upload
 
 TUNED = ("all", "base", "head")
 
 
-def fedbabu(task: Task, *, tune: Annotated[str, Limits(choices=TUNED)] = "all") -> Algorithm:
+def fedbabu(task: Task, *, tune: Personal[Annotated[str, Limits(choices=TUNED)]] = "all") -> Algorithm:
   """Federated learning of the base under one fixed head; the head is learned when a client personalises.
 
   Args:

@@ -5,12 +5,12 @@
 
 z_i, the personal part of the mean representation, takes the client's bias out of the base; the second term holds the
 means of all clients together. In the paper and in PFLlib zbar comes from a round before the first, whose models are
-thrown away [C]; here from the first round, which has no second term and whose models count [O]. The running mean of the
-paper is the mean of a batch, for zbar too: momentum 1, its setting for the small CNN [M]. There kappa is 50 with 512
-features [M]; with the 64 of `cnn_small` that cost the global model 20 points on digits and 1 did not (one seed [P]), so
-it is 1. The trap avoided: PFLlib's kappa is 0 unless set [C]. The global model answers with z = 0. `personalize` trains
-all of it from the download and the client's z_i; with no personal steps it is what PFLlib scores, the global model
-under z_i [C].
+thrown away [C]; here from the first round (of uploads that are aggregated one by one, from as many as make a round),
+which has no second term and whose models count [O]. The running mean of the paper is the mean of a batch, for zbar too:
+momentum 1, its setting for the small CNN [M]. There kappa is 50 with 512 features [M]; with the 64 of `cnn_small` that
+cost the global model 20 points on digits and 1 did not (one seed [P]), so it is 1. The trap avoided: PFLlib's kappa is
+0 unless set [C]. The global model answers with z = 0. `personalize` trains all of it from the download and the client's
+z_i; with no personal steps it is what PFLlib scores, the global model under z_i [C].
 """
 
 from typing import NamedTuple
@@ -32,13 +32,13 @@ class Server(NamedTuple):
 
   Attributes:
     params: the global model.
-    consensus: zbar, float32 [F].
-    known: bool [], whether zbar is set.
+    consensus: zbar, float32 [F]; until it is set, the mean so far.
+    missing: int32 [], aggregations until zbar is set.
   """
 
   params: Params
   consensus: Array
-  known: Array
+  missing: Array
 
 
 class Debiased(NamedTuple):
@@ -64,9 +64,7 @@ def feddbe(task: Task, *, kappa: Weight = 1.0) -> Algorithm:
 
   def init(key):
     params = model.init(key)
-    images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-    size = jax.eval_shape(lambda images: model.base(params.base, images)[0], images).shape[-1]
-    return Server(params, jnp.zeros(size), jnp.bool_(False))
+    return Server(params, jnp.zeros(training.feature_size(task)), jnp.int32(task.aggregations))
 
   def mean_of(features, batch):
     """float32 [F] from [B, F]."""
@@ -78,7 +76,7 @@ def feddbe(task: Task, *, kappa: Weight = 1.0) -> Algorithm:
       logits = model.head(debiased.params.head, features + debiased.bias)
       fit = training.batch_mean(training.batch_cross_entropy(logits, batch), batch)
       apart = 0.5 * jnp.mean((mean_of(features, batch) - shared.consensus) ** 2)
-      return fit + jnp.where(shared.known, kappa * apart, 0.0)
+      return fit + jnp.where(shared.missing == 0, kappa * apart, 0.0)
 
     return loss
 
@@ -96,10 +94,12 @@ def feddbe(task: Task, *, kappa: Weight = 1.0) -> Algorithm:
 
   def aggregate(server, received, key):
     delta, mean = received.mean
+    # The share of a new mean in that of all so far; n_i is not known beyond an aggregation, so they count alike.
+    share = jnp.where(server.missing > 0, 1 / (task.aggregations - server.missing + 1), 0.0)
     return Server(
       params=jax.tree.map(lambda w, d: w + d, server.params, delta),
-      consensus=jnp.where(server.known, server.consensus, mean),
-      known=jnp.bool_(True),
+      consensus=server.consensus + share * (mean - server.consensus),
+      missing=jnp.maximum(server.missing - 1, 0),
     )
 
   def personalize(download, client, data, visit, key):

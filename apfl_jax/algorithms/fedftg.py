@@ -12,7 +12,8 @@ As in the authors' code [C]: the gap is the absolute difference of logits, a mea
 mean over classes too, as the rate of w wants it; Adam starts anew each round, the generator goes on.
 What differs: one step of G on the sum over clients (there one step for each client); CE weighs each example by a_k
 (there the mean CE by the mean of a_k); a smooth generator without batch statistics; no weight decay, no decay of rates;
-built on FedAvg only (there also on FedProx, SCAFFOLD, FedDyn and MOON).
+built on FedAvg only (there also on FedProx, SCAFFOLD, FedDyn and MOON). Of uploads that are aggregated one by one each
+is a round, and its model the only teacher.
 """
 
 from typing import Annotated, Any, NamedTuple

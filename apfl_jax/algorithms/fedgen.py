@@ -9,8 +9,11 @@ G makes features, what the head reads. Clients send their head beside the update
 
 As in the authors' code [C]: alpha and beta fall by 2 % a round, not under 1e-4, and are 0 until there is a trained
 generator; the target of the KL term is a constant; labels are one-hot; Adam with an L2 penalty, its rate falls by 2 % a
-round. What differs: features are those of the classifier (there a layer of 32 units), not negative; LayerNorm in place
-of BatchNorm, because a generator must not depend on who is in its batch; z is normal as in the paper (uniform in the
+round. Where uploads are aggregated one by one, each trains the generator, under that client's head alone; the decays go
+by rounds all the same.
+
+What differs: features are those of the classifier (there a layer of 32 units), not negative; LayerNorm in place of
+BatchNorm, because a generator must not depend on who is in its batch; z is normal as in the paper (uniform in the
 code); the histogram is of a client's training examples (there of what its batches happened to hold); the synthetic
 batch is as large as the real one; no adversarial term, which is off there. The KL term compares two answers to the same
 real example, so under `--softmax_mask` and `--readout` both are offset alike; the labelled synthetic term is as it was.
@@ -41,13 +44,13 @@ class Shared(NamedTuple):
     params: the global model.
     generator: the generator's parameters.
     seen: bool [C], classes that a client held whose upload ever arrived.
-    rounds: int32 [], aggregations so far.
+    aggregations: int32 [], so far.
   """
 
   params: Params
   generator: PyTree
   seen: Array
-  rounds: Array
+  aggregations: Array
 
 
 class Server(NamedTuple):
@@ -92,16 +95,16 @@ def fedgen(
     alpha: weight of the labelled synthetic features in a client's loss.
     beta: weight of the distillation from synthetic features of the batch's labels.
     eta: weight of the generator's diversity loss.
-    generator_steps: Adam steps of the generator a round.
+    generator_steps: Adam steps of the generator an aggregation.
     generator_batch: synthetic features a step.
     generator_learning_rate: of Adam.
     weight_decay: of the generator, added to the gradient.
   """
   model, num_classes, batch_size = task.model, task.num_classes, task.sgd.batch_size
-  blank = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-  shape = jax.eval_shape(lambda key, x: model.base(model.init(key).base, x)[0], jax.random.key(0), blank)
-  generator = nn.feature_generator(num_classes, shape.shape[-1])
-  schedule = optax.exponential_decay(generator_learning_rate, max(generator_steps, 1), 0.98, staircase=True)
+  generator = nn.feature_generator(num_classes, training.feature_size(task))
+  schedule = optax.exponential_decay(
+    generator_learning_rate, max(generator_steps, 1) * task.aggregations, 0.98, staircase=True
+  )
   optimizer = optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(schedule))
 
   def init(key):
@@ -113,8 +116,9 @@ def fedgen(
     shared = download.shared
     next_batch = training.batches(task, data, data.train, key)
     noise_key = jax.random.fold_in(key, APART)
-    decayed = lambda start: jnp.maximum(start * _DECAY**shared.rounds, jnp.minimum(start, _LEAST))
-    labelled, distilled = (jnp.where(shared.rounds > 0, decayed(weight), 0.0) for weight in (alpha, beta))
+    rounds = shared.aggregations // task.aggregations
+    decayed = lambda start: jnp.maximum(start * _DECAY**rounds, jnp.minimum(start, _LEAST))
+    labelled, distilled = (jnp.where(shared.aggregations > 0, decayed(weight), 0.0) for weight in (alpha, beta))
 
     def loss(params, step):
       batch = next_batch(step)
@@ -159,7 +163,7 @@ def fedgen(
 
     trained, state = jax.lax.fori_loop(0, generator_steps, step, (old.generator, server.optimizer))
     params = optax.tree.add(old.params, received.mean)
-    return Server(Shared(params, trained, old.seen | held, old.rounds + 1), state)
+    return Server(Shared(params, trained, old.seen | held, old.aggregations + 1), state)
 
   return fedavg(task)._replace(
     init=init,

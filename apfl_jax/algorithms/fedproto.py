@@ -75,15 +75,11 @@ def fedproto(task: Task, *, prototype_weight: Weight = 1.0) -> Algorithm:
     task: the task.
     prototype_weight: lambda.
   """
-  model = task.model
-
-  def feature_size(params):
-    images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-    return jax.eval_shape(lambda images: model.base(params.base, images)[0], images).shape[-1]
+  model, feature_size = task.model, training.feature_size(task)
 
   def init(key):
     params = model.init(key)
-    nothing = Prototypes(jnp.zeros((task.num_classes, feature_size(params))), jnp.zeros(task.num_classes, bool))
+    nothing = Prototypes(jnp.zeros((task.num_classes, feature_size)), jnp.zeros(task.num_classes, bool))
     return Server(params, nothing)
 
   def prototype_loss(prototypes):
@@ -105,7 +101,7 @@ def fedproto(task: Task, *, prototype_weight: Weight = 1.0) -> Algorithm:
       features, _ = model.base(params.base, batch.images)
       return sums[0] + member.T @ features, sums[1] + jnp.sum(member, axis=0)
 
-    nothing = jnp.zeros((task.num_classes, feature_size(params))), jnp.zeros(task.num_classes)
+    nothing = jnp.zeros((task.num_classes, feature_size)), jnp.zeros(task.num_classes)
     return jax.lax.fori_loop(0, (data.train.size + _BLOCK - 1) // _BLOCK, add, nothing)
 
   def variance(params, prototypes, data):

@@ -8,6 +8,7 @@
 Means are uniform, as in the paper; `--weighting` has no effect. In the authors' code everybody takes part in the first
 round [C], so that M is known; here a client that met nobody who is there is left out of the mean, which gives it the
 mean of the others. The server keeps two N x N tables and needs the updates one by one: for federations of silos.
+Clients that arrive one by one never meet: on the asynchronous clock nobody has a friend.
 """
 
 from typing import NamedTuple

@@ -93,23 +93,17 @@ def gpfl(task: Task, *, lambda_level: Weight = 0.01, decay: Weight = 0.1) -> Alg
     lambda_level: lambda, weight of the distance to the received embedding of the label.
     decay: mu, weight decay of embeddings and valve.
   """
-  model, num_classes = task.model, task.num_classes
-
-  def make_valve(base):
-    images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-    size = jax.eval_shape(lambda images: model.base(base, images)[0], images).shape[-1]
-    return size, *nn.functional(lambda rngs: Valve(size, rngs=rngs))
+  model, num_classes, size = task.model, task.num_classes, training.feature_size(task)
+  init_valve, apply_valve = nn.functional(lambda rngs: Valve(size, rngs=rngs))
 
   def init(key):
     params = model.init(key)  # every method's model starts alike under one seed
     embedding_key, valve_key = jax.random.split(jax.random.fold_in(key, _APART))
-    size, init_valve, _ = make_valve(params.base)
     embeddings = jax.random.normal(embedding_key, (num_classes, size))
     return Server(Shared(params.base, embeddings, init_valve(valve_key)), params.head)
 
   def through(shared, context, features):
-    _, _, apply = make_valve(shared.base)
-    return apply(shared.valve, features, context)
+    return apply_valve(shared.valve, features, context)
 
   def own_context(shared, data):
     """p_i; zeros for a client without examples."""

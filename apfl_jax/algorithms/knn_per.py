@@ -104,10 +104,10 @@ def knn_per(
       new = Memory(model.base(params.base, batch.images)[0], batch.targets, batch.mask > 0, votes)
       return jax.tree.map(lambda all, x: all.at[row].set(x, mode="drop"), memory, new)
 
-    images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-    features = jax.eval_shape(lambda images: model.base(params.base, images)[0], images).shape[-1]
     nothing = jnp.zeros(capacity)
-    empty = Memory(jnp.zeros((capacity, features)), jnp.zeros((capacity, num_classes)), nothing > 0, nothing)
+    empty = Memory(
+      jnp.zeros((capacity, training.feature_size(task))), jnp.zeros((capacity, num_classes)), nothing > 0, nothing
+    )
     return jax.lax.fori_loop(0, (size + _BLOCK - 1) // _BLOCK, add, empty)
 
   def remembered(memory, features, scales):

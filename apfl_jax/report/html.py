@@ -180,9 +180,9 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
     *_notes(run),
     "<h2>Test accuracy</h2>",
     _results(run.summary),
-    "<p>In percent; means over clients. A dropped client never took part in training, whether it was away, not drawn "
-    "or its uploads came too late, or left for good; a monopolist holds a class that only dropped clients hold; worst "
-    "10&nbsp;% is the mean over the tenth of the clients that is served worst. Own test examples have the "
+    "<p>In percent; means over clients. A dropped client never took part in training, whether it was away, not drawn, "
+    "always cut off or not done in time, or left for good; a monopolist holds a class that only dropped clients hold; "
+    "worst 10&nbsp;% is the mean over the tenth of the clients that is served worst. Own test examples have the "
     "classes of the client's own data; the pooled test set has all classes.</p>",
     _unseen(run),
     _verification(run),
@@ -414,7 +414,7 @@ def _virtual(clock: Mapping[str, Any]) -> str:
   if not clock:
     return ""
   idle = tables.percent(clock["idle_share"])
-  return f"{clock['virtual_seconds']:.4g} s on the {clock['clock']} clock, {idle} % of it idle"
+  return f"{clock['virtual_seconds']:.4g} s on the {clock['clock']} clock, places idle for {idle} % of it"
 
 
 def _visits(clock: Mapping[str, Any]) -> str:

@@ -184,7 +184,8 @@ def plan(schedule: Schedule, width: int = 0, held: np.ndarray | None = None) -> 
   Raises:
     InputError: the schedule does not tell who is there, and `held` asks for it.
 
-  Shapes are those of all schedules of such a clock and width, so that another seed compiles nothing.
+  Shapes are those of all schedules of such a clock and width, so that another seed compiles nothing; but where uploads
+  are lost on the asynchronous clock, more seats may be needed.
   """
   alone = schedule.clock == "asynchronous"
   order = _order(schedule)
@@ -203,11 +204,12 @@ def plan(schedule: Schedule, width: int = 0, held: np.ndarray | None = None) -> 
   version = np.cumsum(arrives) if alone else np.zeros(len(order), int)
   read = schedule.read[order]
   nothing = np.zeros(len(order), int)
-  slot, versions, seat, seats = _places(read, batch, version, arrives) if alone else (nothing, 1, nothing, 1)
+  slot, seat, needed = _places(read, batch, version, arrives) if alone else (nothing, nothing, 1)
+  versions = seats = 1
   if alone:
     # At most as many versions are read as clients are at work. A lost upload makes none, so that who starts then has
     # a seat from the last one on, while others have theirs.
-    versions, needed, seats = schedule.places, seats, schedule.places
+    versions = seats = schedule.places
     while seats < needed or seats == versions and not arrives.all():
       seats *= 2
   by_read = np.argsort(read, kind="stable") if alone else nothing[:0]
@@ -286,7 +288,7 @@ def _begins(schedule: Schedule, order: np.ndarray, width: int) -> np.ndarray:
 
 def _places(
   read: np.ndarray, batch: np.ndarray, version: np.ndarray, makes: np.ndarray
-) -> tuple[np.ndarray, int, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, int]:
   """Slots of versions and seats of clients: taken when a version is made, free when its last reader is computed.
 
   Args:
@@ -296,7 +298,7 @@ def _places(
     makes: bool [E], whether it made that version.
 
   Returns:
-    (slot int [versions], -1 where nobody reads it; how many; seat int [E]; how many)
+    (slot int [versions], -1 where nobody reads it; seat int [E]; how many seats)
   """
   highest = int(version.max(initial=0))
   last = np.full(highest + 1, -1)
@@ -326,7 +328,7 @@ def _places(
       if makes[visit]:
         begin(int(version[visit]))
     at = until
-  return slot, max(1, slots.size), seat, max(1, seats.size)
+  return slot, seat, max(1, seats.size)
 
 
 class _Pool:

@@ -30,7 +30,7 @@ class Record(NamedTuple):
   Attributes:
     metrics: a dict per evaluated round: only what the seed determines.
     timings: a dict per chunk of rounds.
-    present: a number a round, clients that started.
+    present: a number a round, visits computed: those begun, on a clock those that were waited for.
     arrived: a number a round, uploads that arrived.
     presence: a string a round, a digit for each of `presence_ids`: 0 absent, 1 upload lost, 2 arrived.
   """

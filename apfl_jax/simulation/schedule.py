@@ -135,18 +135,21 @@ class Schedule(NamedTuple):
     """int64 [N] by id: visits begun before the run ends, those cut off and those not over then included."""
     return np.bincount(self.client[self.start < self.seconds[-1]], minlength=self.num_clients)
 
-  @property
-  def visits(self) -> dict[str, int]:
+  def visits(self, arrived: int | None = None) -> dict[str, int]:
     """Visits begun before the run ends, by what became of them.
 
-    'arrived'; 'lost', whose client was away at its end or whose upload was lost or too stale; 'cut off' by the end of a
-    synchronous round; 'not over' when the run is.
+    'arrived'; 'lost', whose client was away at its end or whose upload was lost, too stale or not finite; 'cut off' by
+    the end of a synchronous round; 'not over' when the run is.
+
+    Args:
+      arrived: how many did; None for those that the schedule lets arrive.
     """
     begun = self.start < self.seconds[-1]
-    ended = self.group >= 0
-    found = {"arrived": ended & self.arrives, "lost": ended & ~self.arrives}
-    found["cut off" if self.clock == "synchronous" else "not over"] = ~ended
-    return {name: int(np.count_nonzero(begun & which)) for name, which in found.items()}
+    ended = int(np.count_nonzero(begun & (self.group >= 0)))
+    if arrived is None:
+      arrived = int(np.count_nonzero(begun & (self.group >= 0) & self.arrives))
+    rest = "cut off" if self.clock == "synchronous" else "not over"
+    return {"arrived": arrived, "lost": ended - arrived, rest: int(np.count_nonzero(begun)) - ended}
 
   def staleness_histogram(self, bins: int = 40) -> dict[str, list[int]]:
     """How stale what arrived was: counts [b], and edges [b + 1], of which a bin holds the lower one."""

@@ -122,3 +122,10 @@ def proximal(
     return loss(params, x) + 0.5 * weight * optax.tree.norm(optax.tree.sub(params, centre), squared=True)
 
   return held
+
+
+def feature_size(task: Task) -> int:
+  """F, how many features the head reads."""
+  images = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
+  features = lambda key, images: task.model.base(task.model.init(key).base, images)[0]
+  return jax.eval_shape(features, jax.random.key(0), images).shape[-1]

@@ -120,6 +120,18 @@ def test_heads_teach_the_classes_that_their_clients_hold():
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+def test_what_fedgens_generator_teaches_fades_by_rounds_however_many_uploads_make_one():
+  ends = []
+  for each, so_far in ((1, 2), (4, 9), (4, 12)):
+    algorithm = fedgen(linear.task()._replace(aggregations=each), alpha=3.0, beta=3.0)
+    shared = algorithm.init(jax.random.key(0)).shared
+    shared = shared._replace(aggregations=jnp.int32(so_far), seen=shared.seen | True)
+    told = algorithm.local_update(Download(shared), (), linear.data(0), linear.visit(0), jax.random.key(1))
+    ends.append(told[1].update.head)
+  np.testing.assert_array_equal(ends[0], ends[1])
+  assert np.abs(ends[2] - ends[0]).max() > 1e-5
+
+
 def test_a_client_of_fedgen_learns_from_the_generator():
   # A generator that does not look at the noise, and a single class seen, leave nothing to chance.
   alpha, beta, rounds_done = 2.0, 3.0, 4
@@ -129,7 +141,7 @@ def test_a_client_of_fedgen_learns_from_the_generator():
   deaf = generator["dense"]["kernel"].at[: -linear.NUM_CLASSES].set(0.0)
   generator = generator | {"dense": generator["dense"] | {"kernel": deaf}}
   seen = jnp.asarray([False, True, False])
-  shared = shared._replace(generator=generator, seen=seen, rounds=jnp.int32(rounds_done))
+  shared = shared._replace(generator=generator, seen=seen, aggregations=jnp.int32(rounds_done))
 
   hidden = np.float64(generator["dense"]["bias"]) + np.float64(deaf[-CLASSES:])  # [C, hidden]
   hidden = (hidden - hidden.mean(1, keepdims=True)) / np.sqrt(hidden.var(1, keepdims=True) + 1e-6)

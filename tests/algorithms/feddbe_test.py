@@ -45,7 +45,7 @@ def test_rounds_are_those_of_the_paper():
       consensus = sum(share[id] * mean for id, mean in means.items())
     linear.close(rounds.server.params, server)
     np.testing.assert_allclose(rounds.server.consensus, consensus, rtol=1e-4, atol=1e-5)
-    assert rounds.server.known
+    assert rounds.server.missing == 0
 
   algorithm = rounds.algorithm
   params, bias = server, np.zeros(linear.FEATURES)
@@ -63,3 +63,17 @@ def test_rounds_are_those_of_the_paper():
   np.testing.assert_allclose(
     algorithm.predict(rounds.params, images).logits, x @ server.base @ server.head, rtol=1e-4, atol=1e-4
   )
+
+
+def test_the_consensus_of_uploads_one_by_one_is_that_of_as_many_as_make_a_round():
+  rounds = linear.Rounds(feddbe(linear.task()._replace(aggregations=3), kappa=KAPPA))
+  means = []
+  for id in (0, 1, 2, 3, 0):
+    params, bias = rounds.server.params, rounds.clients.get(id, np.zeros(linear.FEATURES))
+    known = rounds.server.consensus if len(means) >= 3 else None
+    rounds.advance((id,))
+    for _ in range(linear.STEPS):
+      params, bias = step(id, params, bias, known, linear.LEARNING_RATE)
+    linear.close(rounds.server.params, params)
+    means.append(linear.oracle(id).x.mean(0) @ params.base)
+    np.testing.assert_allclose(rounds.server.consensus, np.mean(means[:3], axis=0), rtol=1e-4, atol=1e-5)

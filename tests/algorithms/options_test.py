@@ -29,7 +29,7 @@ SMALL = {
 # Where a method has to be for its losses to be all there: classes seen by others, a generator that was trained.
 LATER = {
   "ap_fl": lambda server: server._replace(counts=jnp.ones(linear.NUM_CLASSES)),
-  "fedgen": lambda server: server._replace(shared=server.shared._replace(rounds=jnp.int32(1))),
+  "fedgen": lambda server: server._replace(shared=server.shared._replace(aggregations=jnp.int32(1))),
 }
 
 

@@ -117,10 +117,12 @@ def test_a_return_is_judged_at_each_time_and_against_a_round(monkeypatch):
 
 
 def test_a_return_takes_its_download_and_its_steps():
-  made = Config(personal_steps=20, step_seconds=0.5, bandwidth=100.0)
+  made = Config(algorithm="fedavg_ft", personal_steps=20, step_seconds=0.5, bandwidth=100.0)
   np.testing.assert_allclose(asynchrony.return_seconds([200.0, 100.0], [1.0, 0.5], made), [2 + 10, 1 + 20])
   unlimited = dataclasses.replace(made, bandwidth=0.0)
   np.testing.assert_allclose(asynchrony.return_seconds([200.0], [2.0], unlimited), [5.0])
+  befriended = dataclasses.replace(unlimited, algorithm="ap_fl", settings={"friend_steps": 8})
+  np.testing.assert_allclose(asynchrony.return_seconds([200.0], [2.0], befriended), [5.0 + 2.0])
 
 
 def test_speeds_are_those_of_the_schedule():
@@ -205,6 +207,9 @@ def test_runs_of_a_part_differ_and_flags_reach_them(tmp_path):
     assert all(one.settings["beta"] == 0.25 for one in configs.values() if one.algorithm == "ap_fl")
   away = asynchrony.plan("return", [1], "digits", {}, tmp_path)["returned", 1]
   assert away.cohort_size == 4  # of 10, the others are away
+  assert (away.personal_steps, away.settings["friend_steps"]) == (400, 200)
+  short = asynchrony.plan("return", [1], "digits", {"personal_steps": 30}, tmp_path)["returned", 1]
+  assert (short.personal_steps, short.settings["friend_steps"]) == (30, 15)
   lived = asynchrony.plan("life", [3], "digits", {}, tmp_path)["fedbuff", 3]
   assert lived.trace == str(tmp_path / "life-3.csv")
 

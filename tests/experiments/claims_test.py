@@ -350,3 +350,10 @@ def test_the_binary_lists_its_runs(tmp_path):
   there = "source" in algorithms.settings("ap_fl")
   assert any("--ap_fl_source=noise is not there" in line for line in lines) != there
   assert "runs, 0 finished" in lines[-1] and not list(tmp_path.iterdir())
+
+
+def test_settings_of_wrappers_reach_the_runs():
+  given = {"wrappers": "krum", "krum_byzantine": 3}
+  made = claims.make(of("fedavg"), 1, "digits", given)
+  assert made.wrapper_settings["krum"]["byzantine"] == 3
+  assert not claims.make(of("fedavg"), 1, "digits", {"krum_byzantine": 3}).wrapper_settings

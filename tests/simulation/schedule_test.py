@@ -193,10 +193,11 @@ def test_synchronous_schedules(seed, rates, spread, cohort, over, deadline, roun
 )
 def test_every_visit_that_begins_arrives_is_lost_or_is_not_waited_for(values):
   made = _play(4, (0.3, 0.2), 1.0, rounds=12, cohort_size=4, **values)
-  found = made.visits
+  found = made.visits()
   assert sum(found.values()) == made.starts.sum() and min(found.values()) > 0, found
   assert found["arrived"] == sum(made.staleness_histogram()["counts"])
   unheard = [bool(g < 0 and s < made.seconds[-1]) for g, s in zip(made.group, made.start, strict=True)]
+  assert made.visits(0) == found | {"arrived": 0, "lost": found["arrived"] + found["lost"]}
   assert found["cut off" if values["clock"] == "synchronous" else "not over"] == sum(unheard)
 
 

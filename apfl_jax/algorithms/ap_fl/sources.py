@@ -17,8 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from apfl_jax import nn
-from apfl_jax.algorithms.ap_fl.statistics import ByClass, Moments, Statistics, num_features
+from apfl_jax import nn, training
+from apfl_jax.algorithms.ap_fl.statistics import ByClass, Moments, Statistics
 from apfl_jax.types import Array, Generator, Key, Model, Params, PyTree, Task
 
 SOURCES = ("image", "feature", "class_means", "untrained", "noise", "none")
@@ -62,7 +62,7 @@ class Source(NamedTuple):
 
 def source(task: Task, name: str) -> Source:
   """The source of a name, one of `SOURCES`."""
-  shape, size = task.image_shape, num_features(task)
+  shape, size = task.image_shape, training.feature_size(task)
   nothing = Source(
     images=False,
     generator=None,

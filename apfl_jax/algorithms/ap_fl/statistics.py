@@ -206,7 +206,7 @@ def held_classes(task: Task, delta: Params) -> Array:
   embeddings, which is undone as far as they tell classes apart. What the client holds little of, or had learned
   already, may go unnoticed in one round, hardly in all.
   """
-  each = jnp.eye(num_features(task))  # one feature after the other
+  each = jnp.eye(training.feature_size(task))  # one feature after the other
   if task.model.semantics is None:
     rows = task.model.head(delta.head, each)  # [F, C]
   else:
@@ -214,10 +214,3 @@ def held_classes(task: Task, delta: Params) -> Array:
     values, vectors = jnp.linalg.eigh(alike)  # inverted by hand: the ledger does not see into a solver
     rows = task.model.semantics(delta.head, each) @ task.embeddings.T @ (vectors / values) @ vectors.T
   return jnp.max(rows, axis=0) > _RISEN * jnp.max(jnp.abs(rows))
-
-
-def num_features(task: Task) -> int:
-  """F, what the head reads."""
-  blank = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
-  shape = jax.eval_shape(lambda key, x: task.model.base(task.model.init(key).base, x)[0], jax.random.key(0), blank)
-  return shape.shape[-1]

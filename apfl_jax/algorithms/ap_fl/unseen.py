@@ -19,7 +19,6 @@ import numpy as np
 import optax
 
 from apfl_jax import training
-from apfl_jax.algorithms.ap_fl.statistics import num_features
 from apfl_jax.types import Array, Data, Key, Model, Prediction, PyTree, Task
 
 KINDS = ("none", "anchored", "prototypes", "generator_head")
@@ -316,7 +315,7 @@ def around(mean: Array, square: Array, count: int, key: Key) -> Array:
 
 def nothing_read(task: Task, settings: Settings, head: PyTree) -> Reading:
   """A reading of the right shapes that answers with no unseen class."""
-  blank = jnp.zeros((task.num_classes, 2, num_features(task)))
+  blank = jnp.zeros((task.num_classes, 2, training.feature_size(task)))
   nobody = jnp.zeros(task.num_classes, bool)
   shapes = jax.eval_shape(lambda head: fit(task, settings, head, blank, blank[:, 0], nobody, real=True), head)
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)._replace(unit=jnp.ones(()))
