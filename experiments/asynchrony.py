@@ -170,7 +170,7 @@ def _target(found: Runs) -> Judged:
       "global model on pooled images", "virtual seconds", "accuracy (%)", curves("virtual_seconds"), True, level
     ),
     plots.Panel("the same by bytes", "MB moved", "accuracy (%)", curves("bytes", 1e-6), False, level),
-    plots.Panel("staleness", "server versions since the download", "uploads (%)", stale),
+    plots.Panel("staleness", "uploads aggregated since the download", "uploads (%)", stale),
   ]
   return rows, panels, tables.Grid([*header.split(";"), "mean staleness", "wall s"], cells)
 

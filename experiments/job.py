@@ -736,6 +736,7 @@ def _time(job: Job, arrived: int) -> dict[str, Any] | None:
   schedule, sizes = job.clock.schedule, job.clock.sizes
   return {
     "clock": schedule.clock,
+    "replayed": Path(job.config.schedule).name if job.config.schedule else None,
     "virtual_seconds": float(schedule.seconds[-1]),
     "round_seconds": schedule.round_seconds,
     "idle_share": schedule.idle_share,

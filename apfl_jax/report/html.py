@@ -57,8 +57,9 @@ _CAPTIONS = {
   ),
   "time": (
     "In virtual time",
-    "Accuracy as the virtual clock runs, and how many versions of the server each upload that arrived was behind. Slow "
-    "clients hold up a synchronous round; on the asynchronous clock they hold up nobody, and what they send is stale.",
+    "Accuracy as the virtual clock runs, and how many uploads were aggregated between each one's download and its "
+    "arrival. Slow clients hold up a synchronous round; on the asynchronous clock they hold up nobody, and what they "
+    "send is stale.",
   ),
   "clients": (
     "Client by client",
@@ -188,13 +189,25 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
     _verification(run),
     _fairness(run),
     _judged(run),
-    *(_figure(*_CAPTIONS[name], image) for name, image in images.items()),
+    *(_figure(*_caption(name, run.summary), image) for name, image in images.items()),
     "<h2>Cost</h2>",
     _facts(_costs(run)),
     "<h2>Repeat this run</h2>",
     _repeat(run),
   ]
   return _document(title, parts)
+
+
+def _caption(name: str, summary: Mapping[str, Any]) -> tuple[str, str]:
+  """Heading and text of a picture."""
+  heading, text = _CAPTIONS[name]
+  if name == "presence" and summary.get("time"):
+    text = (
+      "One line a client, one column a round. A visit is drawn in the round in which its upload was due; where that "
+      "was lost, the server learned nothing from it. Without colour nothing was due: the client was away, was not "
+      "picked, was still at work or was cut off."
+    )
+  return heading, text
 
 
 def _document(title: str, parts: Sequence[str]) -> str:
@@ -209,16 +222,19 @@ def _document(title: str, parts: Sequence[str]) -> str:
 
 def _setting(run: runs.Run) -> str:
   """One sentence on what was simulated."""
+  replayed = (run.summary.get("time") or {}).get("replayed")
   summary, dropped = run.summary, int(run.clients.dropped.sum())
   scored = int((~np.isnan(run.clients.personal_accuracy) | ~np.isnan(run.clients.global_accuracy)).sum())
+  others = " (or never drawn, or never done)" if summary.get("time") else ""
   flags = dict(line.removeprefix("--").split("=", 1) for line in run.flags if "=" in line)
   partition = summary.get("partition")
   if partition == "dirichlet" and "alpha" in flags:
     partition = f"dirichlet, alpha {flags['alpha']}"
   parts = [
-    tables.counted(summary["num_clients"], "client") + (f", {dropped:,} of them dropped" if dropped else ""),
+    tables.counted(summary["num_clients"], "client") + (f", {dropped:,} of them dropped{others}" if dropped else ""),
     f"partition: {partition}" if partition else "",
-    f"dropout: {summary['dropout']}" if summary.get("dropout") else "",
+    f"schedule: {summary['time']['replayed']}" if replayed else "",
+    f"dropout: {summary['dropout']}" if summary.get("dropout") and not replayed else "",
     f"softmax mask: {summary['softmax_mask']}" if summary.get("softmax_mask", "none") != "none" else "",
     tables.counted(summary["rounds"], "round"),
     f"seed {summary['seed']}",
@@ -379,8 +395,9 @@ def _costs(run: runs.Run) -> dict[str, str]:
   rounds = np.diff([line["round"] for line in run.timings], prepend=0)
   seconds = np.array([line["seconds"] - line["compile_seconds"] for line in run.timings])
   trained = rounds > 0  # what only evaluates adds a line, but no round
+  scored = ~trained & (np.cumsum(rounds) > 0)
   versions = summary.get("versions") or {}
-  scored = float(seconds[~trained].sum()) if len(seconds) else 0.0
+  total = lambda lines: _duration(float(seconds[lines].sum()) if lines.any() else None)
   facts = {
     "time": _duration(summary.get("seconds")),
     "of which compiling": _duration(summary.get("compile_seconds")),
@@ -389,8 +406,9 @@ def _costs(run: runs.Run) -> dict[str, str]:
     "a round, compiled (median over chunks)": _duration(
       float(np.median(seconds[trained] / rounds[trained])) if trained.any() else None
     ),
-    "all rounds, compiled": _duration(float(seconds[trained].sum()) if trained.any() else None),
-    "personalising and scoring at the end, compiled": _duration(scored or None),
+    "setting up, compiled": total(~trained & ~scored),
+    "all rounds, compiled": total(trained),
+    "personalising and scoring at the end, compiled": total(scored),
     "peak memory": _amount(summary.get("peak_memory_bytes"), "B"),
     "local training": _amount(cost.get("local_flops"), "FLOP"),
     "generator": _amount(cost.get("generator_flops"), "FLOP"),

@@ -344,7 +344,7 @@ def _time(figure: Figure, run: Run) -> bool:
     curve.legend(loc="lower right", fontsize=9)
   edges, counts = np.array(told["staleness"]["edges"]), np.array(told["staleness"]["counts"])
   bars.bar(edges[:-1], counts, np.diff(edges), align="edge", color=PRESENT, edgecolor="white", lw=0.5)
-  bars.set(title="Staleness of uploads", xlabel="server versions since the download", ylabel="uploads")
+  bars.set(title="Staleness of uploads", xlabel="uploads aggregated since the download", ylabel="uploads")
   bars.locator_params(axis="x", integer=True, nbins=6)
   bars.grid(axis="y")
   return True
@@ -434,7 +434,11 @@ def _presence(figure: Figure, run: Run) -> bool:
   ):
     if shown:
       axes.text(1.01, y, name, transform=right, color=color, rotation=270, va=align, weight="bold", fontsize=9)
-  for color, label in ((PRESENT, "took part"), (_LOST, "took part, upload lost"), (_ABSENT, "did not take part")):
+  for color, label in (
+    (PRESENT, "took part"),
+    (_LOST, "took part, upload lost"),
+    (_ABSENT, "nothing due" if run.summary.get("time") else "did not take part"),
+  ):
     axes.bar([0], [np.nan], color=color, label=label)
   axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=9)
   return True

@@ -67,8 +67,10 @@ def test_a_run_tells_its_time_and_its_schedule_replays_it(tmp_path):
   saved = str(tmp_path / "one" / "schedule.npz")
   unread = {"speed": "constant", "duration_jitter": 0.0, "bandwidth": 0.0, "dropout": "none", "drop_rate": "0"}
   other = run(tmp_path / "two", schedule=saved, softmax_mask="present", **unread)
+  assert section["replayed"] is None
+  assert "schedule: schedule.npz" in (tmp_path / "two" / "report.html").read_text()
   assert (tmp_path / "two" / "metrics.jsonl").read_bytes() == (tmp_path / "one" / "metrics.jsonl").read_bytes()
-  assert other["time"] == section
+  assert other["time"] == section | {"replayed": "schedule.npz"}
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,7 @@ BAD = {
   ("--ap_fl_interpolation=magic",): ("ap_fl_interpolation", "'magic'", "grid"),
   ("--algorithm=fedavg", "--wrappers=crumb"): ("wrappers", "'crumb'", "krum"),
   ("--algorithm=fedavg", "--wrappers=krum", "--krum_selected=0"): ("krum_selected", "0", "1 or more"),
+  ("--algorithm=fedavg", "--wrappers=krum", "--clock=asynchronous"): ("wrappers", "krum", "--clock=synchronous"),
   ("--algorithm=central", "--data_on=host"): ("data_on", "'host'", "device"),
   ("--verification_classes=1",): ("verification_classes", "1", "2 to 8"),
   ("--server_wait=-1",): ("server_wait", "-1", "0 or more"),

@@ -68,6 +68,8 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
         line[f"personal_accuracy{group}"] = number(own - 0.2 * (1 - gain)) if step % 10 == 0 else None
       file.write(json.dumps(line) + "\n")
   with (path / "timings.jsonl").open("w") as file:
+    start = {"round": 0, "seconds": 7.0, "compile_seconds": 6.0, "peak_memory_bytes": None}
+    file.write(json.dumps(start) + "\n")
     for step in range(10, rounds + 1, 10):
       compiling = 5.0 if step == 10 else 0.0
       line = {"round": step, "seconds": 4.0 + compiling, "compile_seconds": compiling, "peak_memory_bytes": None}

@@ -101,6 +101,9 @@ def test_page_says_what_the_run_says(ap_fl):
     "nearer to training than to test images 51.2 %",
     "its share of these and personalisation 81.6 %",
     "a return, in rounds of traffic 0.64",
+    "setting up, compiled 1 s",
+    "personalising and scoring at the end, compiled 88 s",
+    "was still at work or was cut off",
     "virtual time 1200 s on the synchronous clock, places idle for 10.0 % of it",
     "visits begun 1,340: 133 arrived, 1,207 cut off",
   ):

@@ -9,7 +9,8 @@ the nearest one decides, which promises nothing, and a single one is taken as it
 method as if the others had been lost, with their weights: the paper's mean is uniform, `--weighting=uniform` here.
 
 Distances are of `Upload.update`; what a method sends client by client beside it (`kept`) is not judged. The server must
-hold the updates of a cohort one by one.
+hold the updates of a cohort one by one; of uploads that are aggregated one by one there is nothing to choose, so the
+asynchronous clock is refused.
 """
 
 from typing import Annotated, NamedTuple
@@ -47,7 +48,10 @@ def krum(
     byzantine: f, updates of a round that may be false.
     selected: m, updates that the method gets; 1 is Krum, more is multi-Krum.
   """
-  del task
+  if task.aggregations > 1:
+    raise InputError(
+      "wrappers: got krum where uploads are aggregated one by one, accepted are --clock=rounds and --clock=synchronous"
+    )
 
   def local_update(download, client, data, visit, key):
     client, upload = algorithm.local_update(download, client, data, visit, key)
