@@ -14,7 +14,7 @@ def cache_dir() -> Path:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
   """A hidden temporary path beside `path`, which takes its place once it is written, and else disappears."""
-  temporary = path.with_name(f".{path.name}.tmp")
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two runs at once may fill the same cache
   try:
     yield temporary
     os.replace(temporary, path)

@@ -479,6 +479,8 @@ def test_a_bank_is_what_clients_download_instead_of_weights():
   ("settings", "words"),
   [
     ({"source": "class_means"}, ("ap_fl_source", "class_means", "s2")),
+    ({"source": "matched"}, ("ap_fl_source", "matched", "s2")),
+    ({"source": "matched", "tier": "s2", "ship": "bank"}, ("ap_fl_ship", "matched", "generator")),
     ({"memory": "both", "tier": "s0"}, ("ap_fl_memory", "both", "s1")),
   ],
 )

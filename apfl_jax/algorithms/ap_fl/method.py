@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import jax.numpy as jnp
 
-from apfl_jax.algorithms.ap_fl import generation, peers, returning, server, sources
+from apfl_jax.algorithms.ap_fl import generation, matching, peers, returning, server, sources
 from apfl_jax.algorithms.ap_fl.state import Answering, Server
 from apfl_jax.algorithms.ap_fl.statistics import TIERS
 from apfl_jax.algorithms.ap_fl.unseen import KINDS
@@ -53,6 +53,8 @@ def ap_fl(
   film_after: Share = 0.5,
   ship: Annotated[str, Limits(choices=server.SHIPPED)] = "generator",
   bank_size: _Many = 64,
+  matching_steps: Count = 100,
+  matching_learning_rate: Positive = 3e-3,
   memory: Annotated[str, Limits(choices=server.MEMORIES)] = "none",
   memory_patience: _Many = 3,
   lambda_memory: Weight = 1.0,
@@ -86,10 +88,12 @@ def ap_fl(
   Args:
     task: the task. With an anchored head and embeddings that say something, unseen classes have logits and samples.
     source: where synthetic examples come from: 'image', the semantic generator; 'feature', one of what the head reads;
-      'class_means', images drawn around the means of classes, without a generator, tier s2; 'untrained' and 'noise',
-      controls; 'none'.
+      'class_means', images drawn around the means of classes, and 'matched', `bank_size` images of each class moved in
+      the last round until sums of their features are those of clients', both without a generator, tier s2; 'untrained'
+      and 'noise', controls; 'none'.
     tier: what leaves a client beside its model: 's0', nothing; 's1', label histogram and channel moments of its
-      pre-activations, for L_st; 's2', also sums of images and features by class, for L_class.
+      pre-activations, for L_st; 's2', also sums of images and features by class, for L_class,
+      'class_means' and 'matched'.
     n_min: training examples that make a class seen; under tier s0, updates that show it.
     generator_schedule: 'round', the generator is trained every round; 'final', once, in the last round.
     generator_steps: Adam steps of the generator a round.
@@ -111,7 +115,10 @@ def ap_fl(
     film_refresh: whether only FiLM and W of u = tanh(W e) are trained late in the run.
     film_after: share of the run's rounds after which; with `film_refresh`.
     ship: what clients download of the source: 'generator', its weights; 'bank', samples as bytes.
-    bank_size: samples of a class in the bank.
+    bank_size: samples of a class in the bank, or matched.
+    matching_steps: of Adam, that move the images of source 'matched'; 0 leaves them as they are drawn, each class from
+      a normal distribution of its lowest cosine coefficients.
+    matching_learning_rate: of Adam, falling to 0 along a cosine; with source 'matched'.
     memory: what keeps classes whose holders left, none of whom says so: 'none'; 'average', the server answers with the
       mean of its model and the last one made with them; 'distil', with its head distilled on samples in the last round;
       'both'. All but 'none' also keep such classes in the generator.
@@ -167,8 +174,13 @@ def ap_fl(
     raise InputError(
       f"ap_fl_friend_steps: got {friend_steps}, accepted is 0 to --personal_steps={task.sgd.personal_steps}"
     )
-  if source == "class_means" and tier != "s2":
-    raise InputError(f"ap_fl_source: got 'class_means' with --ap_fl_tier={tier}; accepted is --ap_fl_tier=s2")
+  if source in ("class_means", "matched") and tier != "s2":
+    raise InputError(f"ap_fl_source: got {source!r} with --ap_fl_tier={tier}; accepted is --ap_fl_tier=s2")
+  if source == "matched" and ship == "bank":
+    raise InputError(
+      "ap_fl_ship: got 'bank' with --ap_fl_source=matched, which ships its images as bytes by itself; accepted is"
+      " --ap_fl_ship=generator"
+    )
   if memory != "none" and tier == "s0":
     raise InputError(f"ap_fl_memory: got {memory!r} with --ap_fl_tier=s0; accepted is --ap_fl_tier=s1 or s2")
   if unseen in ("anchored", "generator_head") and task.model.semantics is None:
@@ -176,7 +188,7 @@ def ap_fl(
   if unseen != "none" and tier != "s2" and source in ("untrained", "noise", "none"):
     raise InputError(
       f"ap_fl_unseen: got {unseen!r} with --ap_fl_source={source} --ap_fl_tier={tier}, which know nothing of seen"
-      " classes; accepted is --ap_fl_source=image, feature or class_means, or --ap_fl_tier=s2"
+      " classes; accepted is --ap_fl_source=image, feature, class_means or matched, or --ap_fl_tier=s2"
     )
   if unseen == "generator_head" and (source not in ("image", "feature") or tier == "s2"):
     raise InputError(
@@ -188,7 +200,7 @@ def ap_fl(
       f"ap_fl_unseen: got {unseen!r} with --ap_fl_interpolation=output, whose models have two bases; accepted"
       f" is --ap_fl_interpolation={', '.join(kind for kind in returning.INTERPOLATIONS if kind != 'output')}"
     )
-  origin = sources.source(task, source)
+  origin = sources.source(task, source, matching.Settings(bank_size, matching_steps, matching_learning_rate))
   offered = sources.banked(origin) if ship == "bank" else origin
   rounds = server.federated(
     task,

@@ -100,7 +100,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       )
     known = Statistics(
       layers=() if tier == "s0" else statistics.no_moments(task, layers_of),
-      classes=statistics.no_sums(task) if tier == "s2" else (),
+      classes=statistics.no_sums(task, to_match=source.match is not None) if tier == "s2" else (),
       weight=() if tier == "s0" else jnp.float32(0),
     )
     server = Server(
@@ -148,7 +148,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       batch = training.draw(data.store, data.train, jnp.int32(0), task.sgd.batch_size, num_classes, apart)
       layers = statistics.moments(layers_of(*model.base(params.base, batch.images)), batch.mask)
     if tier == "s2":
-      sums = statistics.sums_by_class(task, params, data)
+      sums = statistics.sums_by_class(task, params, data, to_match=source.match is not None)
       by_class = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-12), sums)
     kept = Kept(histogram, visit.round, params if settings.keep_models else ())
     return client, Upload(Sent(delta, layers, by_class), weight, kept)
@@ -178,7 +178,10 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       server = remember(server, jnp.any(counts > 0, axis=0))
     # Of uploads that are aggregated one by one the last of as many as make a round is its end.
     over, same = server.rounds % task.aggregations == 0, lambda server, key: server
-    if source.learns and settings.steps:
+    if source.match is not None:
+      due = last & (server.source.most == 0) & jnp.any(server.statistics.classes.counts > 0)
+      server = jax.lax.cond(due, match, same, server, key)
+    elif source.learns and settings.steps:
       first = last & (server.source.rounds == 0)
       due = first if settings.schedule == "final" else over & (rounds_of(server) > warmup)
       server = jax.lax.cond(due, work, same, server, key)
@@ -188,6 +191,12 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       now = last & jnp.any(gone(server))
       server = jax.lax.cond(now, distil, same, server, jax.random.fold_in(key, APART))
     return server
+
+  def match(server: Server, key: Key) -> Server:
+    """With images matched to the statistics."""
+    assert source.match is not None
+    match_key, renew_key = jax.random.split(key)
+    return renew(server._replace(source=source.match(server.statistics, match_key)), renew_key)
 
   # --- the generator --------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
   image        the semantic generator of images (method 2.6)
   feature      a generator of what the head reads, at a thousandth of the work (method 2.6, 6.2 [O], as FedGen [M])
   class_means  no generator: the mean image of a class plus its deviation times smooth noise (method 8.4 [P]); tier S2
+  matched      no generator: images moved until sums of their features are those of clients' (`matching`); tier S2
   untrained    the image generator as it was drawn
   noise        uniform noise in place of images
   none         no synthetic examples at all
@@ -18,10 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from apfl_jax import nn, training
+from apfl_jax.algorithms.ap_fl import matching
 from apfl_jax.algorithms.ap_fl.statistics import ByClass, Moments, Statistics
 from apfl_jax.types import Array, Generator, Key, Model, Params, PyTree, Task
 
-SOURCES = ("image", "feature", "class_means", "untrained", "noise", "none")
+SOURCES = ("image", "feature", "class_means", "matched", "untrained", "noise", "none")
+_USUAL = matching.Settings()
 
 
 class Source(NamedTuple):
@@ -36,6 +39,7 @@ class Source(NamedTuple):
     init: (key) -> weights, () if there are none.
     ship: (weights, Statistics) -> what clients download of it.
     sample: (shipped, label int32 [B], key) -> samples.
+    match: (Statistics, key) -> weights that the server makes once, in the last round; None if it makes none.
   """
 
   images: bool
@@ -45,6 +49,7 @@ class Source(NamedTuple):
   init: Callable[[Key], PyTree]
   ship: Callable[[PyTree, Statistics], PyTree]
   sample: Callable[[PyTree, Array, Key], Array]
+  match: Callable[[Statistics, Key], PyTree] | None = None
 
   def features(self, model: Model, base: PyTree, samples: Array) -> Array:
     """Of samples, float32 [B, F], under a base."""
@@ -60,8 +65,8 @@ class Source(NamedTuple):
     return model.head(params.head, features), model.head(params.head, samples)
 
 
-def source(task: Task, name: str) -> Source:
-  """The source of a name, one of `SOURCES`."""
+def source(task: Task, name: str, settings: matching.Settings = _USUAL) -> Source:
+  """The source of a name, one of `SOURCES`; the settings are those of `matched`."""
   shape, size = task.image_shape, training.feature_size(task)
   nothing = Source(
     images=False,
@@ -84,6 +89,16 @@ def source(task: Task, name: str) -> Source:
       ship=lambda weights, statistics: class_images(statistics),
       sample=around_means,
     )
+  if name == "matched":
+    return banked(
+      nothing._replace(
+        images=True,
+        trusted="measured",
+        init=lambda key: Bank(jnp.zeros((task.num_classes, settings.size, *shape), jnp.uint8), jnp.float32(0)),
+        ship=lambda weights, statistics: weights,
+        match=lambda statistics, key: bank(matching.match(task, _classes(statistics), settings, key)),
+      )
+    )
   images = name != "feature"
   meaning = task.embeddings.shape[1]
   generator = nn.generator(shape, meaning) if images else nn.feature_generator(meaning, size, coded=True)
@@ -100,9 +115,13 @@ def source(task: Task, name: str) -> Source:
 
 def class_images(statistics: Statistics) -> Moments:
   """What `class_means` ships: the mean image of each class and, in place of the second moment, the deviation."""
-  assert isinstance(statistics.classes, ByClass)
-  mean, square = statistics.classes.mean.images
+  mean, square = _classes(statistics).mean.images
   return Moments(mean, jnp.sqrt(jnp.maximum(square - mean**2, 0.0)))
+
+
+def _classes(statistics: Statistics) -> ByClass:
+  assert isinstance(statistics.classes, ByClass)
+  return statistics.classes
 
 
 def around_means(shipped: Moments, label: Array, key: Key) -> Array:
@@ -132,7 +151,7 @@ class Bank(NamedTuple):
 
   Attributes:
     values: uint8 [C, M, ...].
-    most: float32 [], what 255 stands for.
+    most: float32 [], what 255 stands for; 0 before there are any.
   """
 
   values: Array
@@ -142,9 +161,13 @@ class Bank(NamedTuple):
 def fill(source: Source, shipped: PyTree, num_classes: int, count: int, key: Key) -> Bank:
   """A bank of `count` samples of each class. The key is consumed."""
   samples = source.sample(shipped, jnp.repeat(jnp.arange(num_classes), count), key)
-  most = jnp.maximum(jnp.max(samples), 1e-6)  # samples of every source are 0 or more
-  values = jnp.round(samples / most * 255.0).astype(jnp.uint8)
-  return Bank(values.reshape(num_classes, count, *samples.shape[1:]), most)
+  return bank(samples.reshape(num_classes, count, *samples.shape[1:]))
+
+
+def bank(samples: Array) -> Bank:
+  """Samples float32 [C, M, ...], 0 or more as those of every source, as bytes."""
+  most = jnp.maximum(jnp.max(samples), 1e-6)
+  return Bank(jnp.round(samples / most * 255.0).astype(jnp.uint8), most)
 
 
 def banked(source: Source) -> Source:

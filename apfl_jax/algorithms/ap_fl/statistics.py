@@ -2,7 +2,8 @@
 
   s0  nothing: the server knows models alone. Labels are not hidden by that, see `held_classes`
   s1  label histograms and the channel moments of pre-activations (as networks with BatchNorm give away [M])
-  s2  also sums of features and of images, and of their squares, class by class
+  s2  also sums of features and of images, and of their squares, class by class; for images matched to them (`matching`)
+      also sums of products of images' lowest cosine coefficients, and of features under networks that nobody trained
 
 Sums and not means are sent, so that a mean over clients is that over their examples.
 """
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from apfl_jax import training
+from apfl_jax.algorithms.ap_fl import projections
 from apfl_jax.types import Array, Data, Key, Params, PyTree, Task
 
 TIERS = ("s0", "s1", "s2")
@@ -42,12 +44,16 @@ class ByClass(NamedTuple):
     layers: Moments [C, channels] of each layer's pre-activations.
     features: Moments [C, F].
     images: Moments [C, height, width, channels].
+    products: float32 [C, K, K], of the lowest cosine coefficients of an image with each other; () where none are sent.
+    untrained: Moments [C, R, F] of features under R untrained networks; likewise.
   """
 
   counts: Array
   layers: tuple[Moments, ...]
   features: Moments
   images: Moments
+  products: Array | tuple[()] = ()
+  untrained: Moments | tuple[()] = ()
 
   @property
   def mean(self) -> "ByClass":
@@ -99,36 +105,46 @@ def layer_sums(one_hot: Array, taps: tuple[Array, ...]) -> tuple[Moments, ...]:
   return tuple(of(tap) for tap in taps)
 
 
-def sums_by_class(task: Task, params: Params, data: Data) -> ByClass:
-  """Of a client's training examples, without augmentation."""
+def sums_by_class(task: Task, params: Params, data: Data, *, to_match: bool = False) -> ByClass:
+  """Of a client's training examples, without augmentation; `to_match`: with what images are matched to."""
+  drawn = projections.networks(task) if to_match else None
 
   def of(batch: training.Batch) -> ByClass:
-    features, taps = task.model.base(params.base, batch.images)
     one_hot = jnp.where(batch.mask[:, None] > 0, batch.targets, 0.0)
-    return ByClass(
-      counts=jnp.sum(one_hot, axis=0),
-      layers=layer_sums(one_hot, taps),
-      features=class_sums(one_hot, features),
-      images=class_sums(one_hot, batch.images),
-    )
+    return _sums(task, params, drawn, one_hot, batch.images)
 
   def add(i: Array, total: ByClass) -> ByClass:
     batch = training.gather(data.store, data.train, i * _BLOCK + jnp.arange(_BLOCK), task.num_classes)
     return jax.tree.map(jnp.add, total, of(batch))
 
-  return jax.lax.fori_loop(0, (data.train.size + _BLOCK - 1) // _BLOCK, add, no_sums(task))
+  return jax.lax.fori_loop(0, (data.train.size + _BLOCK - 1) // _BLOCK, add, no_sums(task, to_match=to_match))
 
 
-def no_sums(task: Task) -> ByClass:
+def no_sums(task: Task, *, to_match: bool = False) -> ByClass:
   """Of no examples."""
 
   def of(key: Key, images: Array) -> ByClass:
-    features, taps = task.model.base(task.model.init(key).base, images)
-    one_hot = jnp.zeros((1, task.num_classes))
-    sums = layer_sums(one_hot, taps), class_sums(one_hot, features), class_sums(one_hot, images)
-    return ByClass(jnp.zeros(task.num_classes), *sums)
+    drawn = projections.networks(task) if to_match else None
+    return _sums(task, task.model.init(key), drawn, jnp.zeros((1, task.num_classes)), images)
 
   return _zeros(of, task)
+
+
+def _sums(task: Task, params: Params, drawn: Params | None, one_hot: Array, images: Array) -> ByClass:
+  features, taps = task.model.base(params.base, images)
+  sums = ByClass(
+    counts=jnp.sum(one_hot, axis=0),
+    layers=layer_sums(one_hot, taps),
+    features=class_sums(one_hot, features),
+    images=class_sums(one_hot, images),
+  )
+  if drawn is None:
+    return sums
+  low = projections.coefficients(images)
+  return sums._replace(
+    products=jnp.einsum("bc,bk,bl->ckl", one_hot, low, low),
+    untrained=class_sums(one_hot, projections.features(task, drawn, images)),
+  )
 
 
 def no_moments(task: Task, layers_of: Callable[[Array, tuple[Array, ...]], tuple[Array, ...]]) -> tuple[Moments, ...]:

@@ -1,0 +1,82 @@
+"""Images of each class, moved until they are alike in sums over clients: the source `matched`, tier s2.
+
+Distribution matching (Zhao and Bilen 2023 [M]) moves images until their mean features under networks that nobody
+trained are those of real ones. The server has no real ones, and needs none [O]: for networks that clients can draw by
+themselves, sums over clients' examples say the same. Second moments are matched too, for means alone leave no spread;
+and the images start from a normal distribution of their lowest cosine coefficients around the mean image, for from
+class means with smooth noise they do not get as far (8.4 [P]).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from apfl_jax.algorithms.ap_fl import projections
+from apfl_jax.algorithms.ap_fl.statistics import ByClass, Moments, distance
+from apfl_jax.types import Array, Key, Task
+
+
+class Settings(NamedTuple):
+  """See `ap_fl`.
+
+  Attributes:
+    size: images of a class.
+    steps: of Adam.
+    learning_rate: its rate, falling to 0 along a cosine.
+  """
+
+  size: int = 64
+  steps: int = 100
+  learning_rate: Array | float = 0.003
+
+
+def match(task: Task, sums: ByClass, settings: Settings, key: Key) -> Array:
+  """Images float32 [C, size, height, width, channels] in [0, 1]; of classes without examples they say nothing.
+
+  Args:
+    task: the task.
+    sums: of real examples, with those that images are matched to.
+    settings: how many images, and of the optimiser.
+    key: consumed.
+  """
+  real, weights = sums.mean, (sums.counts > 0).astype(jnp.float32)
+  assert isinstance(real.untrained, Moments) and not isinstance(real.products, tuple)
+  wanted, networks = real.untrained, projections.networks(task)
+  images = start(real.images.mean, real.products, settings.size, key)
+  adam = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, max(settings.steps, 1)))
+
+  def step(i, carry):
+    images, state = carry
+    # One network after the other: all at once are ten times the work and no better [P].
+    base = jax.tree.map(lambda x: x[i % projections.NETWORKS], networks.base)
+    there = jax.tree.map(lambda x: x[:, i % projections.NETWORKS], wanted)
+
+    def apart(images):
+      features, _ = task.model.frozen.base(base, images.reshape(-1, *task.image_shape))
+      found = features.reshape(*images.shape[:2], -1)
+      return distance((Moments(jnp.mean(found, axis=1), jnp.mean(found**2, axis=1)),), (there,), weights)
+
+    updates, state = adam.update(jax.grad(apart)(images), state)
+    return jnp.clip(optax.apply_updates(images, updates), 0.0, 1.0), state
+
+  images, _ = jax.lax.fori_loop(0, settings.steps, step, (images, adam.init(images)))
+  return images
+
+
+def start(mean: Array, products: Array, size: int, key: Key) -> Array:
+  """Images float32 [C, size, height, width, channels] in [0, 1]: mean images plus normal coefficients.
+
+  Args:
+    mean: float32 [C, height, width, channels], of real images.
+    products: float32 [C, K, K], the mean products of their coefficients.
+    size: images of a class.
+    key: consumed.
+  """
+  middle = projections.coefficients(mean)
+  values, vectors = jnp.linalg.eigh(products - middle[:, :, None] * middle[:, None, :])
+  roots = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[:, None, :]  # of few examples the covariance is singular
+  noise = jnp.einsum("ckl,cnl->cnk", roots, jax.random.normal(key, (len(mean), size, middle.shape[1])))
+  moved = projections.smooth(noise.reshape(-1, middle.shape[1]), mean.shape[1:])
+  return jnp.clip(mean[:, None] + moved.reshape(len(mean), size, *mean.shape[1:]), 0.0, 1.0)

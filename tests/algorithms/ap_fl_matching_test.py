@@ -1,0 +1,105 @@
+"""AP-FL's images matched to sums over clients: what is sent, where they start, what moves them, and when."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.fft
+
+from apfl_jax.algorithms.ap_fl import matching, projections, sources, statistics
+from tests.algorithms.ap_fl_server_test import SHAPE, C, Rounds, examples, make_task
+
+
+def real_sums(task, images, labels):
+  """What clients with these examples say, by NumPy: mean images, mean products of coefficients, features' moments."""
+  of_networks = jax.jit(lambda drawn, images: projections.features(task, drawn, images))
+  features = np.asarray(of_networks(jax.jit(lambda: projections.networks(task))(), jnp.asarray(images)))
+  low = np.stack([scipy.fft.dctn(image[..., 0], norm="ortho")[:8, :8].ravel() for image in images])
+  by_class = lambda x: np.stack([x[labels == c].mean(0) if (labels == c).any() else 0 * x[0] for c in range(C)])
+  products = np.einsum("bk,bl->bkl", low, low)
+  return by_class(images), by_class(products), by_class(features), by_class(features**2)
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 12, 3), (5, 9, 1)])
+def test_coefficients_are_the_lowest_of_the_cosine_transform_and_smooth_is_their_inverse(shape):
+  images = np.random.default_rng(0).uniform(size=(3, *shape)).astype(np.float32)
+  rows, columns = (min(8, length) for length in shape[:2])
+  whole = scipy.fft.dctn(images, axes=(1, 2), norm="ortho")
+  low = np.asarray(projections.coefficients(jnp.asarray(images)))
+  np.testing.assert_allclose(low, whole[:, :rows, :columns].reshape(3, -1), atol=1e-5)
+  whole[:, rows:] = whole[:, :, columns:] = 0
+  expected = scipy.fft.idctn(whole, axes=(1, 2), norm="ortho")
+  np.testing.assert_allclose(projections.smooth(jnp.asarray(low), shape), expected, atol=1e-5)
+
+
+def test_clients_send_sums_of_products_and_of_features_under_untrained_networks():
+  task = make_task()
+  client, images, labels = examples()
+  params = jax.jit(task.model.init)(jax.random.key(0))
+  sums = jax.jit(lambda data: statistics.sums_by_class(task, params, data, to_match=True))(client)
+  _, products, features, squares = real_sums(task, images, labels)
+  mean = sums.mean
+  np.testing.assert_allclose(mean.products, products, rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(mean.untrained.mean, features, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(mean.untrained.square, squares, rtol=1e-3, atol=1e-4)
+  assert len({np.asarray(row).tobytes() for row in mean.untrained.mean[0]}) == features.shape[1]  # networks differ
+  plain = jax.jit(lambda data: statistics.sums_by_class(task, params, data))(client)
+  assert plain.products == () == plain.untrained  # nothing more than is asked for
+
+
+def test_images_start_with_the_mean_image_and_the_covariance_of_the_coefficients():
+  rng = np.random.default_rng(0)
+  shape, count = (16, 16, 1), 6000
+  mixing = rng.normal(size=(2, 64, 3)) / 60
+  middle = rng.uniform(0.4, 0.6, (2, *shape)).astype(np.float32)  # with detail that coefficients do not hold
+  low = np.stack([scipy.fft.dctn(image[..., 0], norm="ortho")[:8, :8].ravel() for image in middle])
+  covariance = np.einsum("ckr,clr->ckl", mixing, mixing)  # of rank 3: singular
+  products = covariance + np.einsum("ck,cl->ckl", low, low)
+  given = jnp.asarray(middle), jnp.asarray(products, jnp.float32)
+  images = np.asarray(jax.jit(lambda key: matching.start(*given, count, key))(jax.random.key(0)))
+  assert images.shape == (2, count, *shape) and images.min() > 0 and images.max() < 1
+  np.testing.assert_allclose(images.mean(1), middle, atol=3e-3)
+  for c in range(2):
+    found = scipy.fft.dctn(images[c, ..., 0], axes=(1, 2), norm="ortho")[:, :8, :8].reshape(count, -1)
+    np.testing.assert_allclose(np.cov(found.T, ddof=0), covariance[c], atol=0.08 * covariance[c].max())
+
+
+def test_matching_brings_class_moments_of_features_to_those_of_real_examples():
+  task = make_task()
+  client, images, labels = examples()
+  known = np.bincount(labels, minlength=C) > 0
+  assert not known.all()
+  _, _, mean, square = real_sums(task, images, labels)
+
+  @jax.jit
+  def made(key):
+    """Images as they start and matched, and the moments of their features."""
+    params = task.model.init(key)
+    sums = statistics.sums_by_class(task, params, client, to_match=True)
+    found = []
+    for steps in (0, 60):
+      images = matching.match(task, sums, matching.Settings(16, steps, 0.01), key)
+      features = projections.features(task, projections.networks(task), images.reshape(-1, *SHAPE))
+      features = features.reshape(C, 16, *features.shape[1:])
+      found.append((images, jnp.mean(features, 1), jnp.var(features, 1)))
+    return found
+
+  (_, *before), (images, *after) = jax.tree.map(np.asarray, made(jax.random.key(0)))
+  for start, end, real in zip(before, after, (mean, square - mean**2), strict=True):
+    gap = lambda found, real=real: ((found - real) ** 2).mean((1, 2))[known]
+    assert (gap(end) < 0.5 * gap(start)).all()
+  assert images.min() >= 0 and images.max() <= 1
+
+
+def test_images_are_matched_once_in_the_last_round_and_downloaded_as_bytes():
+  rounds = Rounds(2, source="matched", tier="s2", bank_size=4, matching_steps=2)
+  first = rounds.step([5, 5, 0, 0])
+  assert float(first.source.most) == 0 and not np.asarray(first.trust).any()
+  made = rounds.step([5, 5, 0, 0])
+  assert (np.asarray(made.trust) > 0).tolist() == [True, True, False, False]
+  shipped = rounds.algorithm.download(made).shared.source
+  assert isinstance(shipped, sources.Bank) and shipped.values.dtype == jnp.uint8
+  assert shipped.values.shape == (C, 4, *SHAPE)
+  values = np.asarray(shipped.values).copy()
+  rounds.round = 1  # a further upload of the last round, as on a clock
+  np.testing.assert_array_equal(rounds.step([5, 5, 0, 0], 0.1).source.values, values)
