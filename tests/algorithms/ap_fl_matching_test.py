@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.fft
 
+from apfl_jax import training
 from apfl_jax.algorithms.ap_fl import matching, projections, sources, statistics
 from tests.algorithms.ap_fl_server_test import SHAPE, C, Rounds, examples, make_task
 
@@ -78,7 +79,9 @@ def test_matching_brings_class_moments_of_features_to_those_of_real_examples():
     sums = statistics.sums_by_class(task, params, client, to_match=True)
     found = []
     for steps in (0, 60):
-      images = matching.match(task, sums, matching.Settings(16, steps, 0.01), key)
+      images = matching.match(
+        task, sums, lambda images, label: 0.0 * label, matching.Settings(16, steps, 0.01, 0.0), key
+      )
       features = projections.features(task, projections.networks(task), images.reshape(-1, *SHAPE))
       features = features.reshape(C, 16, *features.shape[1:])
       found.append((images, jnp.mean(features, 1), jnp.var(features, 1)))
@@ -89,6 +92,29 @@ def test_matching_brings_class_moments_of_features_to_those_of_real_examples():
     gap = lambda found, real=real: ((found - real) ** 2).mean((1, 2))[known]
     assert (gap(end) < 0.5 * gap(start)).all()
   assert images.min() >= 0 and images.max() <= 1
+
+
+def test_the_teacher_makes_images_recognisable():
+  task = make_task()
+  client, _, labels = examples()
+  known = np.bincount(labels, minlength=C) > 0
+
+  @jax.jit
+  def unsure(weight, key):
+    """The teacher's mean cross-entropy on matched images of each class."""
+    teacher = task.model.init(jax.random.key(3))
+
+    def of(images, label):
+      logits = training.predict(task.model, teacher, images).logits
+      return training.cross_entropy(logits, jax.nn.one_hot(label, C))
+
+    sums = statistics.sums_by_class(task, teacher, client, to_match=True)
+    images = matching.match(task, sums, of, matching.Settings(8, 40, 0.01, weight), key)
+    return jnp.mean(of(images.reshape(-1, *SHAPE), jnp.repeat(jnp.arange(C), 8)).reshape(C, 8), axis=1)
+
+  alone, taught = (np.asarray(unsure(jnp.float32(weight), jax.random.key(0))) for weight in (0.0, 2.0))
+  assert (taught[known] < 0.9 * alone[known]).all()
+  np.testing.assert_allclose(taught[~known], alone[~known], rtol=1e-5)
 
 
 def test_images_are_matched_once_in_the_last_round_and_downloaded_as_bytes():

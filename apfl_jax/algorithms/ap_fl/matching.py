@@ -4,9 +4,11 @@ Distribution matching (Zhao and Bilen 2023 [M]) moves images until their mean fe
 trained are those of real ones. The server has no real ones, and needs none [O]: for networks that clients can draw by
 themselves, sums over clients' examples say the same. Second moments are matched too, for means alone leave no spread;
 and the images start from a normal distribution of their lowest cosine coefficients around the mean image, for from
-class means with smooth noise they do not get as far (8.4 [P]).
+class means with smooth noise they do not get as far (8.4 [P]). The teacher's cross-entropy keeps those recognisable
+that moments alone would pull away from their class.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,25 +27,30 @@ class Settings(NamedTuple):
     size: images of a class.
     steps: of Adam.
     learning_rate: its rate, falling to 0 along a cosine.
+    teacher: weight of the teacher's cross-entropy beside the distance of moments.
   """
 
   size: int = 64
   steps: int = 100
   learning_rate: Array | float = 0.003
+  teacher: Array | float = 1.0
 
 
-def match(task: Task, sums: ByClass, settings: Settings, key: Key) -> Array:
+def match(task: Task, sums: ByClass, unsure: Callable[[Array, Array], Array], settings: Settings, key: Key) -> Array:
   """Images float32 [C, size, height, width, channels] in [0, 1]; of classes without examples they say nothing.
 
   Args:
     task: the task.
     sums: of real examples, with those that images are matched to.
+    unsure: (images [B, height, width, channels], label int32 [B]) -> float32 [B], the teacher's cross-entropy.
     settings: how many images, and of the optimiser.
     key: consumed.
   """
   real, weights = sums.mean, (sums.counts > 0).astype(jnp.float32)
   assert isinstance(real.untrained, Moments) and not isinstance(real.products, tuple)
   wanted, networks = real.untrained, projections.networks(task)
+  label = jnp.repeat(jnp.arange(task.num_classes), settings.size)
+  share = jnp.repeat(weights, settings.size) / jnp.maximum(settings.size * jnp.sum(weights), 1.0)
   images = start(real.images.mean, real.products, settings.size, key)
   adam = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, max(settings.steps, 1)))
 
@@ -53,12 +60,14 @@ def match(task: Task, sums: ByClass, settings: Settings, key: Key) -> Array:
     base = jax.tree.map(lambda x: x[i % projections.NETWORKS], networks.base)
     there = jax.tree.map(lambda x: x[:, i % projections.NETWORKS], wanted)
 
-    def apart(images):
-      features, _ = task.model.frozen.base(base, images.reshape(-1, *task.image_shape))
+    def loss(images):
+      flat = images.reshape(-1, *task.image_shape)
+      features, _ = task.model.frozen.base(base, flat)
       found = features.reshape(*images.shape[:2], -1)
-      return distance((Moments(jnp.mean(found, axis=1), jnp.mean(found**2, axis=1)),), (there,), weights)
+      apart = distance((Moments(jnp.mean(found, axis=1), jnp.mean(found**2, axis=1)),), (there,), weights)
+      return apart + settings.teacher * jnp.sum(jnp.where(share > 0, share * unsure(flat, label), 0.0))
 
-    updates, state = adam.update(jax.grad(apart)(images), state)
+    updates, state = adam.update(jax.grad(loss)(images), state)
     return jnp.clip(optax.apply_updates(images, updates), 0.0, 1.0), state
 
   images, _ = jax.lax.fori_loop(0, settings.steps, step, (images, adam.init(images)))

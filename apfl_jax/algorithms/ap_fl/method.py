@@ -55,6 +55,7 @@ def ap_fl(
   bank_size: _Many = 64,
   matching_steps: Count = 100,
   matching_learning_rate: Positive = 3e-3,
+  lambda_teacher: Weight = 1.0,
   memory: Annotated[str, Limits(choices=server.MEMORIES)] = "none",
   memory_patience: _Many = 3,
   lambda_memory: Weight = 1.0,
@@ -119,6 +120,7 @@ def ap_fl(
     matching_steps: of Adam, that move the images of source 'matched'; 0 leaves them as they are drawn, each class from
       a normal distribution of its lowest cosine coefficients.
     matching_learning_rate: of Adam, falling to 0 along a cosine; with source 'matched'.
+    lambda_teacher: weight of the global model's cross-entropy on images of source 'matched'.
     memory: what keeps classes whose holders left, none of whom says so: 'none'; 'average', the server answers with the
       mean of its model and the last one made with them; 'distil', with its head distilled on samples in the last round;
       'both'. All but 'none' also keep such classes in the generator.
@@ -200,7 +202,9 @@ def ap_fl(
       f"ap_fl_unseen: got {unseen!r} with --ap_fl_interpolation=output, whose models have two bases; accepted"
       f" is --ap_fl_interpolation={', '.join(kind for kind in returning.INTERPOLATIONS if kind != 'output')}"
     )
-  origin = sources.source(task, source, matching.Settings(bank_size, matching_steps, matching_learning_rate))
+  origin = sources.source(
+    task, source, matching.Settings(bank_size, matching_steps, matching_learning_rate, lambda_teacher)
+  )
   offered = sources.banked(origin) if ship == "bank" else origin
   rounds = server.federated(
     task,

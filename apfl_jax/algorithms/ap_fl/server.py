@@ -196,7 +196,11 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     """With images matched to the statistics."""
     assert source.match is not None
     match_key, renew_key = jax.random.split(key)
-    return renew(server._replace(source=source.match(server.statistics, match_key)), renew_key)
+
+    def unsure(samples, label):
+      return training.cross_entropy(taught_by(server, samples, label), jax.nn.one_hot(label, num_classes), seen(server))
+
+    return renew(server._replace(source=source.match(server.statistics, unsure, match_key)), renew_key)
 
   # --- the generator --------------------------------------------------------------------------------------------------
 
@@ -280,11 +284,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     if source.trusted == "measured":
       label = jnp.tile(jnp.arange(num_classes), _TRUST_SAMPLES)
       samples = source.sample(source.ship(weights(server), server.statistics), label, key)
-      answer = lambda params: model.head(params.head, source.features(model, params.base, samples))
-      logits = answer(server.params)
-      if remembers:
-        logits = jnp.where(gone(server)[label][:, None], answer(_memory(server).params), logits)
-      logits = jnp.where(known | asked(server), logits, -jnp.inf)
+      logits = jnp.where(known | asked(server), taught_by(server, samples, label), -jnp.inf)
       probability = jnp.take_along_axis(jax.nn.softmax(logits), label[:, None], axis=1)
       trust = jnp.where(known, jnp.mean(probability.reshape(_TRUST_SAMPLES, num_classes), axis=0), 0.0)
     else:
@@ -293,6 +293,13 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     if reads:
       server = server._replace(reading=read(server, samples, jax.random.fold_in(key, APART + 1)))
     return filled(server._replace(trust=trust), jax.random.fold_in(key, APART))
+
+  def taught_by(server: Server, samples: Array, label: Array) -> Array:
+    """The teacher's logits [B, C] of samples: of classes that left, as the memory has it."""
+    answer = lambda params: model.head(params.head, source.features(model.frozen, params.base, samples))
+    if not remembers:
+      return answer(server.params)
+    return jnp.where(gone(server)[label][:, None], answer(_memory(server).params), answer(server.params))
 
   def read(server: Server, samples: Array | None, key: Key) -> unseen.Reading:
     """What the server makes of unseen classes: from real features where it has them, else from samples."""

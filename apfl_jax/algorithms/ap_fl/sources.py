@@ -39,7 +39,8 @@ class Source(NamedTuple):
     init: (key) -> weights, () if there are none.
     ship: (weights, Statistics) -> what clients download of it.
     sample: (shipped, label int32 [B], key) -> samples.
-    match: (Statistics, key) -> weights that the server makes once, in the last round; None if it makes none.
+    match: (Statistics, the teacher's cross-entropy of (samples, label), key) -> weights that the server makes once, in
+      the last round; None if it makes none.
   """
 
   images: bool
@@ -49,7 +50,7 @@ class Source(NamedTuple):
   init: Callable[[Key], PyTree]
   ship: Callable[[PyTree, Statistics], PyTree]
   sample: Callable[[PyTree, Array, Key], Array]
-  match: Callable[[Statistics, Key], PyTree] | None = None
+  match: Callable[[Statistics, Callable[[Array, Array], Array], Key], PyTree] | None = None
 
   def features(self, model: Model, base: PyTree, samples: Array) -> Array:
     """Of samples, float32 [B, F], under a base."""
@@ -96,7 +97,7 @@ def source(task: Task, name: str, settings: matching.Settings = _USUAL) -> Sourc
         trusted="measured",
         init=lambda key: Bank(jnp.zeros((task.num_classes, settings.size, *shape), jnp.uint8), jnp.float32(0)),
         ship=lambda weights, statistics: weights,
-        match=lambda statistics, key: bank(matching.match(task, _classes(statistics), settings, key)),
+        match=lambda statistics, unsure, key: bank(matching.match(task, _classes(statistics), unsure, settings, key)),
       )
     )
   images = name != "feature"
