@@ -62,8 +62,11 @@ def test_uploads_one_by_one_cost_a_training_in_a_round_of_them():
   assert prices.server([300, 150, 150]) == prices.aggregate  # where uploads get lost rounds are over later
 
 
-def test_a_server_that_trains_in_the_last_round_pays_once():
-  prices = on_the_clock(5, generator_schedule="final")
+@pytest.mark.parametrize(
+  "settings", [{"generator_schedule": "final"}, {"source": "matched", "tier": "s2", "matching_steps": 2}]
+)
+def test_a_server_that_trains_in_the_last_round_pays_once(settings):
+  prices = on_the_clock(5, **settings)
   assert prices.server([5] * 9) == 0
   assert prices.server([5] * 9 + [3]) == prices.aggregate > 0
 

@@ -179,8 +179,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     # Of uploads that are aggregated one by one the last of as many as make a round is its end.
     over, same = server.rounds % task.aggregations == 0, lambda server, key: server
     if source.match is not None:
-      due = last & (server.source.most == 0) & jnp.any(server.statistics.classes.counts > 0)
-      server = jax.lax.cond(due, match, same, server, key)
+      server = jax.lax.cond(last & ~server.source.made, match, same, server, key)
     elif source.learns and settings.steps:
       first = last & (server.source.rounds == 0)
       due = first if settings.schedule == "final" else over & (rounds_of(server) > warmup)

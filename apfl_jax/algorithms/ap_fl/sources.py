@@ -26,6 +26,8 @@ from apfl_jax.types import Array, Generator, Key, Model, Params, PyTree, Task
 SOURCES = ("image", "feature", "class_means", "matched", "untrained", "noise", "none")
 _USUAL = matching.Settings()
 
+Unsure = Callable[[Array, Array], Array]  # (samples [B, ...], label int32 [B]) -> the teacher's cross-entropy [B]
+
 
 class Source(NamedTuple):
   """A source of synthetic examples as functions of its weights.
@@ -39,8 +41,8 @@ class Source(NamedTuple):
     init: (key) -> weights, () if there are none.
     ship: (weights, Statistics) -> what clients download of it.
     sample: (shipped, label int32 [B], key) -> samples.
-    match: (Statistics, the teacher's cross-entropy of (samples, label), key) -> weights that the server makes once, in
-      the last round; None if it makes none.
+    match: (Statistics, the teacher's doubts, key) -> `Matched`, which the server makes once, in the last round; None if
+      it makes none.
   """
 
   images: bool
@@ -50,7 +52,7 @@ class Source(NamedTuple):
   init: Callable[[Key], PyTree]
   ship: Callable[[PyTree, Statistics], PyTree]
   sample: Callable[[PyTree, Array, Key], Array]
-  match: Callable[[Statistics, Callable[[Array, Array], Array], Key], PyTree] | None = None
+  match: Callable[[Statistics, Unsure, Key], PyTree] | None = None
 
   def features(self, model: Model, base: PyTree, samples: Array) -> Array:
     """Of samples, float32 [B, F], under a base."""
@@ -95,9 +97,9 @@ def source(task: Task, name: str, settings: matching.Settings = _USUAL) -> Sourc
       nothing._replace(
         images=True,
         trusted="measured",
-        init=lambda key: Bank(jnp.zeros((task.num_classes, settings.size, *shape), jnp.uint8), jnp.float32(0)),
-        ship=lambda weights, statistics: weights,
-        match=lambda statistics, unsure, key: bank(matching.match(task, _classes(statistics), unsure, settings, key)),
+        init=lambda key: Matched(bank(jnp.zeros((task.num_classes, settings.size, *shape))), jnp.bool_(False)),
+        ship=lambda weights, statistics: weights.bank,
+        match=lambda *given: Matched(bank(matched(task, settings, *given)), jnp.bool_(True)),
       )
     )
   images = name != "feature"
@@ -152,11 +154,23 @@ class Bank(NamedTuple):
 
   Attributes:
     values: uint8 [C, M, ...].
-    most: float32 [], what 255 stands for; 0 before there are any.
+    most: float32 [], what 255 stands for.
   """
 
   values: Array
   most: Array
+
+
+class Matched(NamedTuple):
+  """The weights of the source `matched`.
+
+  Attributes:
+    bank: its images.
+    made: bool [], False while they are blank.
+  """
+
+  bank: Bank
+  made: Array
 
 
 def fill(source: Source, shipped: PyTree, num_classes: int, count: int, key: Key) -> Bank:
@@ -169,6 +183,11 @@ def bank(samples: Array) -> Bank:
   """Samples float32 [C, M, ...], 0 or more as those of every source, as bytes."""
   most = jnp.maximum(jnp.max(samples), 1e-6)
   return Bank(jnp.round(samples / most * 255.0).astype(jnp.uint8), most)
+
+
+def matched(task: Task, settings: matching.Settings, statistics: Statistics, unsure: Unsure, key: Key) -> Array:
+  """Images float32 [C, M, height, width, channels]; see `Source.match` and `matching.match`."""
+  return matching.match(task, _classes(statistics), unsure, settings, key)
 
 
 def banked(source: Source) -> Source:
