@@ -529,10 +529,14 @@ _FEW = {"dropped_examples": 20}
 _READOUTS: tuple[dict[str, Any], ...] = ({}, {"readout": "prior"})
 _SOURCES = {
   "class_means": {"ap_fl_source": "class_means", "ap_fl_tier": "s2"},
+  "matched": {"ap_fl_source": "matched", "ap_fl_tier": "s2"},
   "untrained": {"ap_fl_source": "untrained"},
   "noise": {"ap_fl_source": "noise"},
   "none": {"ap_fl_source": "none"},
 }
+
+
+_FRONTS: dict[str, dict[str, Any]] = {"ap_fl": {}, "ap_fl, matched": _SOURCES["matched"]}
 
 
 def _front_variants(few: bool) -> dict[Variant, tuple[str, str]]:
@@ -550,15 +554,21 @@ def _front_variants(few: bool) -> dict[Variant, tuple[str, str]]:
     for weight in (0.1, 0.3, 0.5, 1.0):
       changes = {} if weight == 0.1 else {"ditto_proximal_weight": weight}
       found[of("ditto", **changes, **common)] = ("ditto", f"{weight:g}{end}")
-    for rho in (0.0, 0.1, 0.3, 1.0):
-      changes = {} if rho == 0.3 else {"ap_fl_rho": rho}
-      found[of("ap_fl", **changes, **common)] = ("ap_fl", f"rho {rho:g}{end}")
-    for weight in (0.1, 0.3, 0.5, 1.0):
-      found[of("ap_fl", ap_fl_proximal_weight=weight, **common)] = ("ap_fl", f"proximal {weight:g}{end}")
-    found[of("ap_fl", **_friend_alone(), **common)] = ("ap_fl", f"friend{end}")
+    for name, samples_of in _FRONTS.items():
+      for rho in (0.0, 0.1, 0.3, 1.0):
+        changes = {} if rho == 0.3 else {"ap_fl_rho": rho}
+        found[of("ap_fl", **samples_of, **changes, **common)] = (name, f"rho {rho:g}{end}")
+      for weight in (0.1, 0.3, 0.5, 1.0):
+        found[of("ap_fl", **samples_of, ap_fl_proximal_weight=weight, **common)] = (name, f"proximal {weight:g}{end}")
+      found[of("ap_fl", **samples_of, **_friend_alone(), **common)] = (name, f"friend{end}")
     for source in _SOURCES:
-      found[of("ap_fl", **_SOURCES[source], **common)] = (f"ap_fl, {source.replace('_', ' ')}", f"rho 0.3{end}")
+      found.setdefault(of("ap_fl", **_SOURCES[source], **common), (_sampled(source), f"rho 0.3{end}"))
   return found
+
+
+def _sampled(source: str) -> str:
+  """AP-FL with samples of a source, in words."""
+  return f"ap_fl, {source.replace('_', ' ')}"
 
 
 def _friend_alone() -> dict[str, Any]:
@@ -587,21 +597,24 @@ def a11(evidence: Evidence) -> list[Row]:
     methods = fronts.by_method(front_points(evidence, few))
     every_point = [point for points in methods.values() for point in points]
     of_method = lambda name, methods=methods: methods.get(name, [])
-    mine = of_method("ap_fl")
     who = "returners with 20 examples" if few else "dropped clients"
     rivals = dict.fromkeys(name for name, _ in _front_variants(few).values() if not name.startswith("ap_fl"))
-    leads = {name: fronts.leads(mine, of_method(name), every_point) for name in rivals}
-    known = [(name, pair) for name, pairs in leads.items() for pair in pairs if pair.mean is not None]
-    nearest, least_lead = min(known, key=lambda one: one[1].mean or 0.0, default=("", None))
-    verdict = worst(worst(decide(pair, 0.0) for pair in pairs) for pairs in leads.values())
-    claim, criterion = "personal models know more of all classes", f"{who}: front on or above each other's"
-    rows.append(_front_line(claim, criterion, least_lead, verdict, f"(least, against {nearest})"))
-    for rival, threshold in (("fedavg_ft", 0.1), ("head only", 0.05), ("ditto", 0.1)):
-      pair = fronts.lead(mine, of_method(rival), every_point)
-      criterion = f"{who}, at the best own accuracy less a point: +{100 * threshold:g} points pooled on {rival}"
-      rows.append(_front_line(claim, criterion, pair, decide(pair, threshold)))
+    for name in _FRONTS:
+      mine = of_method(name)
+      leads = {rival: fronts.leads(mine, of_method(rival), every_point) for rival in rivals}
+      known = [(rival, pair) for rival, pairs in leads.items() for pair in pairs if pair.mean is not None]
+      nearest, least_lead = min(known, key=lambda one: one[1].mean or 0.0, default=("", None))
+      verdict = worst(worst(decide(pair, 0.0) for pair in pairs) for pairs in leads.values())
+      claim, criterion = "personal models know more of all classes", f"{who}: front on or above each other's"
+      if name != "ap_fl":
+        claim += f" ({name})"
+      rows.append(_front_line(claim, criterion, least_lead, verdict, f"(least, against {nearest})"))
+      for rival, threshold in (("fedavg_ft", 0.1), ("head only", 0.05), ("ditto", 0.1)):
+        pair = fronts.lead(mine, of_method(rival), every_point)
+        criterion = f"{who}, at the best own accuracy less a point: +{100 * threshold:g} points pooled on {rival}"
+        rows.append(_front_line(claim, criterion, pair, decide(pair, threshold)))
     for source in _SOURCES:
-      theirs = of_method(f"ap_fl, {source.replace('_', ' ')}")
+      theirs, mine = of_method(_sampled(source)), of_method("ap_fl")
       alike = [point for point in mine if point.variant in {other.variant for other in theirs}]
       pair = fronts.lead(alike, theirs, every_point)
       more = f"the trained generator is worth more than samples of kind {source}"
@@ -659,6 +672,7 @@ def cost(evidence: Evidence) -> list[Row]:
 _JUDGED = {
   "default": of("ap_fl", judge=256),
   "class means": of("ap_fl", judge=256, **_SOURCES["class_means"]),
+  "matched": of("ap_fl", judge=256, **_SOURCES["matched"]),
 }
 
 
@@ -666,18 +680,13 @@ def samples(evidence: Evidence) -> list[Row]:
   """The generator's samples."""
   rows = []
   for name, variant in _JUDGED.items():
-    agreement = values(evidence, variant, "samples", "agreement_recognised", "mean")
     teacher = values(evidence, variant, "samples", "teacher")
     learnt = values(evidence, variant, "samples", "tstr", "mean")
-    rows += [
-      least(
-        "J",
-        f"samples are of their class ({name})",
-        "judge agrees on .80",
-        agreement,
-        dict.fromkeys(agreement, 0.8),
-        0.0,
-      ),
+    for key, what in (("mean", "judge agrees on .80"), ("least", "judge agrees on .80 of each class")):
+      agreement = values(evidence, variant, "samples", "agreement_recognised", key)
+      wanted = dict.fromkeys(agreement, 0.8)
+      rows.append(least("J", f"samples are of their class ({name})", what, agreement, wanted, 0.0))
+    rows.append(
       least(
         "J",
         f"samples teach a fresh network ({name})",
@@ -685,18 +694,17 @@ def samples(evidence: Evidence) -> list[Row]:
         learnt,
         teacher,
         -0.05,
-      ),
-    ]
-  default = _JUDGED["default"]
-  trust = values(evidence, default, "samples", "trust", "correlation")
-  rows.append(reported("J", "trust foretells the judge", "correlation over classes", trust, ""))
-  for key, what in (
-    ("closer", "samples nearer to training than to test images"),
-    ("distance_auc", "attack by distance to samples"),
-    ("loss_auc", "attack by the global model's loss"),
-  ):
-    found = values(evidence, default, "privacy", key)
-    rows.append(reported("J", f"gives nothing away: {what}", "nothing is .5", found, ""))
+      )
+    )
+    trust = values(evidence, variant, "samples", "trust", "correlation")
+    rows.append(reported("J", f"trust foretells the judge ({name})", "correlation over classes", trust, ""))
+    for key, what in (
+      ("closer", "samples nearer to training than to test images"),
+      ("distance_auc", "attack by distance to samples"),
+      ("loss_auc", "attack by the global model's loss"),
+    ):
+      found = values(evidence, variant, "privacy", key)
+      rows.append(reported("J", f"gives nothing away: {what} ({name})", "nothing is .5", found, ""))
   return rows
 
 
