@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import scipy.fft
 
-from apfl_jax import training
+from apfl_jax import algorithms, nn, population, simulation, training
 from apfl_jax.algorithms.ap_fl import matching, projections, sources, statistics
+from apfl_jax.types import LocalSGD, Task
+from tests import tasks
 from tests.algorithms.ap_fl_server_test import SHAPE, C, Rounds, examples, make_task
 
 
@@ -129,3 +131,27 @@ def test_images_are_matched_once_in_the_last_round_and_downloaded_as_bytes():
   values = np.asarray(shipped.values).copy()
   rounds.round = 1  # a further upload of the last round, as on a clock
   np.testing.assert_array_equal(rounds.step([5, 5, 0, 0], 0.1).source.bank.values, values)
+
+
+def test_in_rounds_the_server_knows_what_clients_hold_and_its_images_are_of_their_class():
+  inputs = tasks.inputs("ap_fl")
+
+  def build(given):
+    model = nn.classifier("mlp", tasks.IMAGE_SHAPE, C, embeddings=given["embeddings"])
+    sgd = LocalSGD(given["learning_rate"], tasks.BATCH_SIZE, 1, tasks.STEPS, 4, "examples", "none")
+    task = Task(tasks.NUM_CLIENTS, C, tasks.IMAGE_SHAPE, given["embeddings"], model, sgd, given["rounds"])
+    settings = {"source": "matched", "tier": "s2", "bank_size": 8, "matching_steps": 5, "friend_steps": 2}
+    return algorithms.ap_fl(task, **settings), population.everyone()
+
+  size = tasks.NUM_CLIENTS
+  simulator = simulation.simulator(build, inputs, C, population_size=size, cohort_size=size)
+  state, _ = simulator.advance(simulator.init(inputs), inputs, np.int32(1))
+  store, span = inputs.federation.store, inputs.federation.train
+  spans = zip(np.asarray(span.start), np.asarray(span.size), strict=True)
+  rows = np.concatenate([np.asarray(store.index)[start : start + size] for start, size in spans])
+  images, labels = np.asarray(store.images)[rows, ..., 0] / 255.0, np.asarray(store.labels)[rows]
+  low = scipy.fft.dctn(images, axes=(1, 2), norm="ortho").reshape(len(images), -1)
+  expected = np.stack([low[labels == c].T @ low[labels == c] for c in range(C)])
+  np.testing.assert_allclose(state.server.statistics.classes.products, expected, rtol=1e-3, atol=0.1)
+  state, _ = simulator.advance(state, inputs, np.int32(tasks.ROUNDS - 1))
+  assert (np.asarray(state.server.trust) > 0.8).all()
