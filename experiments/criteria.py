@@ -526,6 +526,7 @@ def a10(evidence: Evidence) -> list[Row]:
 
 
 _FEW = {"dropped_examples": 20}
+_PRIOR = ", prior"  # how the variant of a front that uses it ends
 _READOUTS: tuple[dict[str, Any], ...] = ({}, {"readout": "prior"})
 _SOURCES = {
   "class_means": {"ap_fl_source": "class_means", "ap_fl_tier": "s2"},
@@ -547,7 +548,7 @@ def _front_variants(few: bool) -> dict[Variant, tuple[str, str]]:
   found = {}
   for readout in _READOUTS:
     common = readout | (_FEW if few else {})
-    end = ", prior" if readout else ""
+    end = _PRIOR if readout else ""
     for name in ("fedavg", "fedavg_ft", "local", "knn_per", "fedper", "fedrep"):
       found[of(name, **common)] = (name, f"plain{end}")
     found[of("fedavg_ft", fedavg_ft_head_only=True, **common)] = ("head only", f"plain{end}")
@@ -594,31 +595,40 @@ def a11(evidence: Evidence) -> list[Row]:
   """Own against pooled accuracy."""
   rows = []
   for few in (False, True):
-    methods = fronts.by_method(front_points(evidence, few))
-    every_point = [point for points in methods.values() for point in points]
-    of_method = lambda name, methods=methods: methods.get(name, [])
     who = "returners with 20 examples" if few else "dropped clients"
     rivals = dict.fromkeys(name for name, _ in _front_variants(few).values() if not name.startswith("ap_fl"))
-    for name in _FRONTS:
-      mine = of_method(name)
-      leads = {rival: fronts.leads(mine, of_method(rival), every_point) for rival in rivals}
-      known = [(rival, pair) for rival, pairs in leads.items() for pair in pairs if pair.mean is not None]
-      nearest, least_lead = min(known, key=lambda one: one[1].mean or 0.0, default=("", None))
-      verdict = worst(worst(decide(pair, 0.0) for pair in pairs) for pairs in leads.values())
-      claim, criterion = "personal models know more of all classes", f"{who}: front on or above each other's"
-      if name != "ap_fl":
-        claim += f" ({name})"
-      rows.append(_front_line(claim, criterion, least_lead, verdict, f"(least, against {nearest})"))
-      for rival, threshold in (("fedavg_ft", 0.1), ("head only", 0.05), ("ditto", 0.1)):
-        pair = fronts.lead(mine, of_method(rival), every_point)
-        criterion = f"{who}, at the best own accuracy less a point: +{100 * threshold:g} points pooled on {rival}"
-        rows.append(_front_line(claim, criterion, pair, decide(pair, threshold)))
+    points_of = front_points(evidence, few)
+    # The prior is not always known where a model answers, and lifts all methods to what the global model knows.
+    plain = [point for point in points_of if not point.variant.endswith(_PRIOR)]
+    for some, group in ((points_of, who), (plain, f"{who}, plain read-out")):
+      methods = fronts.by_method(some)
+      for name in _FRONTS:
+        rows += _ahead(name, methods, rivals, group)
+    methods = fronts.by_method(points_of)
     for source in _SOURCES:
-      theirs, mine = of_method(_sampled(source)), of_method("ap_fl")
+      mine, theirs = methods.get("ap_fl", []), methods.get(_sampled(source), [])
       alike = [point for point in mine if point.variant in {other.variant for other in theirs}]
-      pair = fronts.lead(alike, theirs, every_point)
+      pair = fronts.lead(alike, theirs, [point for each in methods.values() for point in each])
       more = f"the trained generator is worth more than samples of kind {source}"
       rows.append(_front_line(more, f"{who}, there: > 0", pair, decide(pair, 0.0, strict=True)))
+  return rows
+
+
+def _ahead(name: str, methods: Mapping[str, list[fronts.Point]], rivals: Iterable[str], who: str) -> list[Row]:
+  """How a front of ours lies to those of other methods."""
+  every_point = [point for points in methods.values() for point in points]
+  mine = methods.get(name, [])
+  leads = {rival: fronts.leads(mine, methods.get(rival, []), every_point) for rival in rivals}
+  known = [(rival, pair) for rival, pairs in leads.items() for pair in pairs if pair.mean is not None]
+  nearest, least_lead = min(known, key=lambda one: one[1].mean or 0.0, default=("", None))
+  verdict = worst(worst(decide(pair, 0.0) for pair in pairs) for pairs in leads.values())
+  claim = "personal models know more of all classes" + (f" ({name})" if name != "ap_fl" else "")
+  front = f"{who}: front on or above each other's"
+  rows = [_front_line(claim, front, least_lead, verdict, f"(least, against {nearest})" if nearest else "")]
+  for rival, threshold in (("fedavg_ft", 0.1), ("head only", 0.05), ("ditto", 0.1)):
+    pair = fronts.lead(mine, methods.get(rival, []), every_point)
+    criterion = f"{who}, at the best own accuracy less a point: +{100 * threshold:g} points pooled on {rival}"
+    rows.append(_front_line(claim, criterion, pair, decide(pair, threshold)))
   return rows
 
 
