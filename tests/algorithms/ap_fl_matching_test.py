@@ -102,7 +102,7 @@ def test_the_teacher_makes_images_recognisable():
   known = np.bincount(labels, minlength=C) > 0
 
   @jax.jit
-  def unsure(weight, key):
+  def loss(weight, key):
     """The teacher's mean cross-entropy on matched images of each class."""
     teacher = task.model.init(jax.random.key(3))
 
@@ -114,7 +114,7 @@ def test_the_teacher_makes_images_recognisable():
     images = matching.match(task, sums, of, matching.Settings(8, 40, 0.01, weight), key)
     return jnp.mean(of(images.reshape(-1, *SHAPE), jnp.repeat(jnp.arange(C), 8)).reshape(C, 8), axis=1)
 
-  alone, taught = (np.asarray(unsure(jnp.float32(weight), jax.random.key(0))) for weight in (0.0, 2.0))
+  alone, taught = (np.asarray(loss(jnp.float32(weight), jax.random.key(0))) for weight in (0.0, 2.0))
   assert (taught[known] < 0.9 * alone[known]).all()
   np.testing.assert_allclose(taught[~known], alone[~known], rtol=1e-5)
 
@@ -129,8 +129,17 @@ def test_images_are_matched_once_in_the_last_round_and_downloaded_as_bytes():
   assert isinstance(shipped, sources.Bank) and shipped.values.dtype == jnp.uint8
   assert shipped.values.shape == (C, 4, *SHAPE)
   values = np.asarray(shipped.values).copy()
-  rounds.round = 1  # a further upload of the last round, as on a clock
+  rounds.round = 5  # a further upload of the last round, as on a clock
   np.testing.assert_array_equal(rounds.step([5, 5, 0, 0], 0.1).source.bank.values, values)
+
+
+def test_before_there_are_images_other_things_are_known_and_nothing_is_trusted():
+  rounds = Rounds(3, source="matched", tier="s2", bank_size=4, matching_steps=2, unseen="prototypes")
+  blank = tasks.on_host(rounds.server.reading)
+  server = rounds.step([5, 5, 5, 0])
+  assert not server.source.made and not np.asarray(server.trust).any()
+  changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), server.reading, blank)
+  assert any(jax.tree.leaves(changed))
 
 
 def test_in_rounds_the_server_knows_what_clients_hold_and_its_images_are_of_their_class():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from apfl_jax import algorithms, data, nn, semantics, training
-from apfl_jax.algorithms.ap_fl import generation, server, sources, statistics
+from apfl_jax.algorithms.ap_fl import generation, matching, server, sources, statistics
 from apfl_jax.algorithms.ap_fl.state import Kept, Sent
 from apfl_jax.errors import InputError
 from apfl_jax.metrics import ledger
@@ -51,7 +51,7 @@ def known(task: Task, images=None, labels=None) -> statistics.Statistics:
 @pytest.mark.parametrize("name", [name for name in sources.SOURCES if name != "untrained"])  # as image
 def test_every_source_draws_for_labels_what_it_says(name):
   task = make_task()
-  source = sources.source(task, name)
+  source = sources.source(task, name, matching.Settings(4, 1, 0.1, 1.0))
   params = jax.jit(task.model.init)(jax.random.key(2))
   images = jnp.asarray(examples()[1][:3])
   facts = known(task, *examples()[1:])

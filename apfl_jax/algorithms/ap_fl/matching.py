@@ -30,26 +30,28 @@ class Settings(NamedTuple):
     teacher: weight of the teacher's cross-entropy beside the distance of moments.
   """
 
-  size: int = 64
-  steps: int = 100
-  learning_rate: Array | float = 0.003
-  teacher: Array | float = 1.0
+  size: int
+  steps: int
+  learning_rate: Array | float
+  teacher: Array | float
 
 
-def match(task: Task, sums: ByClass, unsure: Callable[[Array, Array], Array], settings: Settings, key: Key) -> Array:
+def match(
+  task: Task, sums: ByClass, teacher_loss: Callable[[Array, Array], Array], settings: Settings, key: Key
+) -> Array:
   """Images float32 [C, size, height, width, channels] in [0, 1]; of classes without examples they say nothing.
 
   Args:
     task: the task.
     sums: of real examples, with those that images are matched to.
-    unsure: (images [B, height, width, channels], label int32 [B]) -> float32 [B], the teacher's cross-entropy.
+    teacher_loss: (images [B, height, width, channels], label int32 [B]) -> float32 [B], the teacher's cross-entropy.
     settings: how many images, and of the optimiser.
     key: consumed.
   """
   real, weights = sums.mean, (sums.counts > 0).astype(jnp.float32)
   assert isinstance(real.untrained, Moments) and not isinstance(real.products, tuple)
   wanted, networks = real.untrained, projections.networks(task)
-  label = jnp.repeat(jnp.arange(task.num_classes), settings.size)
+  label = task.spread(jnp.repeat(jnp.arange(task.num_classes), settings.size))
   share = jnp.repeat(weights, settings.size) / jnp.maximum(settings.size * jnp.sum(weights), 1.0)
   images = start(real.images.mean, real.products, settings.size, key)
   adam = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, max(settings.steps, 1)))
@@ -61,11 +63,11 @@ def match(task: Task, sums: ByClass, unsure: Callable[[Array, Array], Array], se
     there = jax.tree.map(lambda x: x[:, i % projections.NETWORKS], wanted)
 
     def loss(images):
-      flat = images.reshape(-1, *task.image_shape)
+      flat = task.spread(images.reshape(-1, *task.image_shape))
       features, _ = task.model.frozen.base(base, flat)
       found = features.reshape(*images.shape[:2], -1)
       apart = distance((Moments(jnp.mean(found, axis=1), jnp.mean(found**2, axis=1)),), (there,), weights)
-      return apart + settings.teacher * jnp.sum(jnp.where(share > 0, share * unsure(flat, label), 0.0))
+      return apart + settings.teacher * jnp.sum(jnp.where(share > 0, share * teacher_loss(flat, label), 0.0))
 
     updates, state = adam.update(jax.grad(loss)(images), state)
     return jnp.clip(optax.apply_updates(images, updates), 0.0, 1.0), state

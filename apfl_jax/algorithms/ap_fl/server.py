@@ -179,7 +179,9 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     # Of uploads that are aggregated one by one the last of as many as make a round is its end.
     over, same = server.rounds % task.aggregations == 0, lambda server, key: server
     if source.match is not None:
-      server = jax.lax.cond(last & ~server.source.made, match, same, server, key)
+      due = last & ~server.source.made
+      server = jax.lax.cond(due, match, same, server, key)
+      server = jax.lax.cond(over & ~due, renew, same, server, key)
     elif source.learns and settings.steps:
       first = last & (server.source.rounds == 0)
       due = first if settings.schedule == "final" else over & (rounds_of(server) > warmup)
@@ -192,14 +194,15 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     return server
 
   def match(server: Server, key: Key) -> Server:
-    """With images matched to the statistics."""
+    """Makes the images, and renews trust for them."""
     assert source.match is not None
     match_key, renew_key = jax.random.split(key)
 
-    def unsure(samples, label):
-      return training.cross_entropy(taught_by(server, samples, label), jax.nn.one_hot(label, num_classes), seen(server))
+    def teacher_loss(samples, label):
+      target = jax.nn.one_hot(label, num_classes)
+      return training.cross_entropy(teacher_logits(server, samples, label), target, seen(server))
 
-    return renew(server._replace(source=source.match(server.statistics, unsure, match_key)), renew_key)
+    return renew(server._replace(source=source.match(server.statistics, teacher_loss, match_key)), renew_key)
 
   # --- the generator --------------------------------------------------------------------------------------------------
 
@@ -283,9 +286,10 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     if source.trusted == "measured":
       label = jnp.tile(jnp.arange(num_classes), _TRUST_SAMPLES)
       samples = source.sample(source.ship(weights(server), server.statistics), label, key)
-      logits = jnp.where(known | asked(server), taught_by(server, samples, label), -jnp.inf)
+      logits = jnp.where(known | asked(server), teacher_logits(server, samples, label), -jnp.inf)
       probability = jnp.take_along_axis(jax.nn.softmax(logits), label[:, None], axis=1)
-      trust = jnp.where(known, jnp.mean(probability.reshape(_TRUST_SAMPLES, num_classes), axis=0), 0.0)
+      there = known if source.match is None else known & server.source.made
+      trust = jnp.where(there, jnp.mean(probability.reshape(_TRUST_SAMPLES, num_classes), axis=0), 0.0)
     else:
       samples = None
       trust = known.astype(jnp.float32) if source.trusted == "wholly" else jnp.zeros(num_classes)
@@ -293,7 +297,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       server = server._replace(reading=read(server, samples, jax.random.fold_in(key, APART + 1)))
     return filled(server._replace(trust=trust), jax.random.fold_in(key, APART))
 
-  def taught_by(server: Server, samples: Array, label: Array) -> Array:
+  def teacher_logits(server: Server, samples: Array, label: Array) -> Array:
     """The teacher's logits [B, C] of samples: of classes that left, as the memory has it."""
     answer = lambda params: model.head(params.head, source.features(model.frozen, params.base, samples))
     if not remembers:

@@ -24,9 +24,7 @@ from apfl_jax.algorithms.ap_fl.statistics import ByClass, Moments, Statistics
 from apfl_jax.types import Array, Generator, Key, Model, Params, PyTree, Task
 
 SOURCES = ("image", "feature", "class_means", "matched", "untrained", "noise", "none")
-_USUAL = matching.Settings()
-
-Unsure = Callable[[Array, Array], Array]  # (samples [B, ...], label int32 [B]) -> the teacher's cross-entropy [B]
+TeacherLoss = Callable[[Array, Array], Array]  # (samples [B, ...], label int32 [B]) -> cross-entropy float32 [B]
 
 
 class Source(NamedTuple):
@@ -41,7 +39,7 @@ class Source(NamedTuple):
     init: (key) -> weights, () if there are none.
     ship: (weights, Statistics) -> what clients download of it.
     sample: (shipped, label int32 [B], key) -> samples.
-    match: (Statistics, the teacher's doubts, key) -> `Matched`, which the server makes once, in the last round; None if
+    match: (Statistics, the teacher's loss, key) -> `Matched`, which the server makes once, in the last round; None if
       it makes none.
   """
 
@@ -52,7 +50,7 @@ class Source(NamedTuple):
   init: Callable[[Key], PyTree]
   ship: Callable[[PyTree, Statistics], PyTree]
   sample: Callable[[PyTree, Array, Key], Array]
-  match: Callable[[Statistics, Unsure, Key], PyTree] | None = None
+  match: Callable[[Statistics, TeacherLoss, Key], PyTree] | None = None
 
   def features(self, model: Model, base: PyTree, samples: Array) -> Array:
     """Of samples, float32 [B, F], under a base."""
@@ -68,8 +66,8 @@ class Source(NamedTuple):
     return model.head(params.head, features), model.head(params.head, samples)
 
 
-def source(task: Task, name: str, settings: matching.Settings = _USUAL) -> Source:
-  """The source of a name, one of `SOURCES`; the settings are those of `matched`."""
+def source(task: Task, name: str, settings: matching.Settings | None = None) -> Source:
+  """The source of a name, one of `SOURCES`; the settings are those with which `matched` makes its images."""
   shape, size = task.image_shape, training.feature_size(task)
   nothing = Source(
     images=False,
@@ -93,15 +91,17 @@ def source(task: Task, name: str, settings: matching.Settings = _USUAL) -> Sourc
       sample=around_means,
     )
   if name == "matched":
-    return banked(
-      nothing._replace(
-        images=True,
-        trusted="measured",
-        init=lambda key: Matched(bank(jnp.zeros((task.num_classes, settings.size, *shape))), jnp.bool_(False)),
-        ship=lambda weights, statistics: weights.bank,
-        match=lambda *given: Matched(bank(matched(task, settings, *given)), jnp.bool_(True)),
-      )
-    )
+
+    def blank(key: Key) -> Matched:
+      assert settings is not None
+      return Matched(bank(jnp.zeros((task.num_classes, settings.size, *shape))), jnp.bool_(False))
+
+    def match(statistics: Statistics, teacher_loss: TeacherLoss, key: Key) -> Matched:
+      assert settings is not None
+      return Matched(bank(matching.match(task, _classes(statistics), teacher_loss, settings, key)), jnp.bool_(True))
+
+    ship = lambda weights, statistics: weights.bank
+    return banked(nothing._replace(images=True, trusted="measured", init=blank, ship=ship, match=match))
   images = name != "feature"
   meaning = task.embeddings.shape[1]
   generator = nn.generator(shape, meaning) if images else nn.feature_generator(meaning, size, coded=True)
@@ -183,11 +183,6 @@ def bank(samples: Array) -> Bank:
   """Samples float32 [C, M, ...], 0 or more as those of every source, as bytes."""
   most = jnp.maximum(jnp.max(samples), 1e-6)
   return Bank(jnp.round(samples / most * 255.0).astype(jnp.uint8), most)
-
-
-def matched(task: Task, settings: matching.Settings, statistics: Statistics, unsure: Unsure, key: Key) -> Array:
-  """Images float32 [C, M, height, width, channels]; see `Source.match` and `matching.match`."""
-  return matching.match(task, _classes(statistics), unsure, settings, key)
 
 
 def banked(source: Source) -> Source:

@@ -140,9 +140,8 @@ def _sums(task: Task, params: Params, drawn: Params | None, one_hot: Array, imag
   )
   if drawn is None:
     return sums
-  low = projections.coefficients(images)
   return sums._replace(
-    products=jnp.einsum("bc,bk,bl->ckl", one_hot, low, low),
+    products=projections.products(one_hot, images),
     untrained=class_sums(one_hot, projections.features(task, drawn, images)),
   )
 
