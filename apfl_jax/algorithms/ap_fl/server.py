@@ -18,7 +18,7 @@ from apfl_jax.algorithms.ap_fl.state import Kept, Memory, Sent, Server, Shared, 
 from apfl_jax.algorithms.ap_fl.statistics import ByClass, Moments, Statistics
 from apfl_jax.algorithms.fedavg import fedavg
 from apfl_jax.algorithms.staleness import polynomial
-from apfl_jax.types import Algorithm, Array, Data, Download, Key, Params, PyTree, Task, Upload
+from apfl_jax.types import Algorithm, Array, Data, Download, Key, Model, Params, PyTree, Task, Upload
 
 SCHEDULES = ("round", "final")
 SHIPPED = ("generator", "bank")
@@ -199,8 +199,8 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     match_key, renew_key = jax.random.split(key)
 
     def teacher_loss(samples, label):
-      target = jax.nn.one_hot(label, num_classes)
-      return training.cross_entropy(teacher_logits(server, samples, label), target, seen(server))
+      logits = teacher_logits(model.frozen, server, samples, label)
+      return training.cross_entropy(logits, jax.nn.one_hot(label, num_classes), seen(server))
 
     return renew(server._replace(source=source.match(server.statistics, teacher_loss, match_key)), renew_key)
 
@@ -286,7 +286,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     if source.trusted == "measured":
       label = jnp.tile(jnp.arange(num_classes), _TRUST_SAMPLES)
       samples = source.sample(source.ship(weights(server), server.statistics), label, key)
-      logits = jnp.where(known | asked(server), teacher_logits(server, samples, label), -jnp.inf)
+      logits = jnp.where(known | asked(server), teacher_logits(model, server, samples, label), -jnp.inf)
       probability = jnp.take_along_axis(jax.nn.softmax(logits), label[:, None], axis=1)
       there = known if source.match is None else known & server.source.made
       trust = jnp.where(there, jnp.mean(probability.reshape(_TRUST_SAMPLES, num_classes), axis=0), 0.0)
@@ -297,9 +297,9 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       server = server._replace(reading=read(server, samples, jax.random.fold_in(key, APART + 1)))
     return filled(server._replace(trust=trust), jax.random.fold_in(key, APART))
 
-  def teacher_logits(server: Server, samples: Array, label: Array) -> Array:
-    """The teacher's logits [B, C] of samples: of classes that left, as the memory has it."""
-    answer = lambda params: model.head(params.head, source.features(model.frozen, params.base, samples))
+  def teacher_logits(model: Model, server: Server, samples: Array, label: Array) -> Array:
+    """The teacher's logits [B, C] of samples: of classes that left, as the memory has it; `model` may be frozen."""
+    answer = lambda params: model.head(params.head, source.features(model, params.base, samples))
     if not remembers:
       return answer(server.params)
     return jnp.where(gone(server)[label][:, None], answer(_memory(server).params), answer(server.params))
