@@ -1,9 +1,10 @@
 """Settings with limits: what a keyword argument or a field takes, said once, checked wherever it is given."""
 
+import difflib
 import inspect
 import math
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from apfl_jax.errors import InputError
@@ -70,7 +71,7 @@ def checked(name: str, value: Any, kind: type, limits: Limits = ANYTHING) -> Any
   elif kind not in (bool, str) or not isinstance(value, kind):
     raise InputError(f"{name}: got {value!r}, accepted is {_KINDS[kind]}")
   if limits.choices and value not in limits.choices:
-    raise InputError(f"{name}: got {value!r}, accepted are {', '.join(limits.choices)}")
+    raise InputError(f"{name}: got {value!r}{near(value, limits.choices)}, accepted are {', '.join(limits.choices)}")
   if limits.least is not None and value < limits.least:
     raise InputError(f"{name}: got {value}, accepted is {limits.least} or more")
   if limits.above is not None and not value > limits.above:
@@ -78,6 +79,13 @@ def checked(name: str, value: Any, kind: type, limits: Limits = ANYTHING) -> Any
   if limits.most is not None and value > limits.most:
     raise InputError(f"{name}: got {value}, accepted is at most {limits.most}")
   return value
+
+
+def near(value: str, choices: Iterable[str]) -> str:
+  """What a refused name may have meant, for behind it in the line; '' where nothing is like it."""
+  by_lower = {choice.lower(): choice for choice in choices}
+  found = difflib.get_close_matches(value.lower(), by_lower, 1)
+  return f" (did you mean {by_lower[found[0]]!r}?)" if found else ""
 
 
 def of(function: Callable[..., Any]) -> dict[str, Setting]:

@@ -5,6 +5,7 @@ A method's own settings are the keyword arguments of its `make`; they become fla
 
 import _thread
 import dataclasses
+import inspect
 import os
 import sys
 import threading
@@ -18,7 +19,7 @@ from apfl_jax import algorithms, nn, semantics, simulation, training
 from apfl_jax.errors import InputError
 from apfl_jax.files import cache_dir
 from apfl_jax.population import FACTS, PROCESSES, SPEEDS
-from apfl_jax.settings import Limits, checked
+from apfl_jax.settings import Limits, checked, near
 from apfl_jax.simulation import CLOCKS
 from apfl_jax.training.augment import AUGMENTATIONS
 
@@ -195,6 +196,13 @@ class Config:
         raise InputError(f"wrapper_settings: got {name!r}, accepted are those of wrappers: {self.wrappers or 'none'}")
     wrapping = {name: _whole(name, self.wrapper_settings.get(name, {})) for name in self.wrapper_names}
     object.__setattr__(self, "wrapper_settings", wrapping)
+    computed = self.cohort_size or self.num_clients
+    for name, least in self.least_uploads().items():
+      if computed < least:
+        given = " ".join(f"--{name}_{key}={value}" for key, value in wrapping[name].items())
+        raise InputError(
+          f"wrappers: got {name} with {given} and {computed} clients a round, accepted are {least} clients or more"
+        )
     processes, rates = self.processes
     if len(rates) != len(processes):
       raise InputError(
@@ -241,10 +249,15 @@ class Config:
     names = listed(self.wrappers)
     for name in names:
       if name not in algorithms.WRAPPERS:
-        raise InputError(f"wrappers: got {name!r}, accepted are {', '.join(algorithms.WRAPPERS)}, comma-separated")
+        meant, known = near(name, algorithms.WRAPPERS), ", ".join(algorithms.WRAPPERS)
+        raise InputError(f"wrappers: got {name!r}{meant}, accepted are {known}, comma-separated")
     if len(set(names)) < len(names):
       raise InputError(f"wrappers: got {self.wrappers!r}, accepted is each at most once")
     return names
+
+  def least_uploads(self) -> dict[str, int]:
+    """By wrapper, how many uploads of a round it needs for what it promises."""
+    return {name: algorithms.WRAPPERS[name].least_uploads(**own) for name, own in self.wrapper_settings.items()}
 
   @property
   def processes(self) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -252,7 +265,8 @@ class Config:
     names = tuple(part.strip() for part in self.dropout.split(","))
     for name in names:
       if name not in PROCESSES:
-        raise InputError(f"dropout: got {name!r}, accepted are {', '.join(PROCESSES)}, comma-separated")
+        meant, known = near(name, PROCESSES), ", ".join(PROCESSES)
+        raise InputError(f"dropout: got {name!r}{meant}, accepted are {known}, comma-separated")
     rates = []
     for part in str(self.drop_rate).split(","):
       try:
@@ -321,11 +335,17 @@ def _whole(owner: str, given: dict[str, Any]) -> dict[str, Any]:
   known = algorithms.settings(owner)
   for name in given:
     if name not in known:
-      raise InputError(f"{owner}_{name}: no such setting, accepted are {', '.join(known) or 'none'}")
+      raise InputError(_no_such(owner, name, known))
   return {
     name: checked(f"{owner}_{name}", given.get(name, setting.default), type(setting.default), setting.limits)
     for name, setting in known.items()
   }
+
+
+def _no_such(owner: str, name: str, known: Collection[str]) -> str:
+  """The line on a setting that a method or wrapper does not have."""
+  own = ", ".join(f"{owner}_{other}" for other in known)
+  return f"{owner}_{name}: no such setting, accepted are {own or f'none, {owner} has no settings'}"
 
 
 # How a process runs, not what: no part of a run's settings.
@@ -414,12 +434,17 @@ def notes_on_time(methods: Collection[str], values: Mapping[str, Any]) -> list[s
 def table_of_methods() -> str:
   """A line for each method under its group, and for each wrapper: what `--algorithm=help` prints."""
   width = max(map(len, algorithms.METHODS))
+
+  def row(name: str, entry: algorithms.Method | algorithms.Wrapper) -> str:
+    what = (inspect.getdoc(entry.make) or "").partition("\n")[0].rstrip(".")
+    return f"  {name:{width}}  " + (f"{what} ({entry.paper})" if what else entry.paper)
+
   lines = []
   for group, methods in algorithms.grouped().items():
-    lines.append(f"{group}: {algorithms.GROUPS[group]}" if group in algorithms.GROUPS else f"{group}:")
-    lines += [f"  {name:{width}}  {method.paper}" for name, method in methods.items()]
+    lines.append(f"{group}: {algorithms.GROUPS[group]}")
+    lines += [row(name, method) for name, method in methods.items()]
   lines += ["wrappers, for --wrappers"]
-  lines += [f"  {name:{width}}  {wrapper.paper}" for name, wrapper in algorithms.WRAPPERS.items()]
+  lines += [row(name, wrapper) for name, wrapper in algorithms.WRAPPERS.items()]
   return "\n".join(lines)
 
 
@@ -499,6 +524,11 @@ def _start() -> None:
 
 def _one_line(error: flags.Error) -> str:
   """An absl flag error in our form: flag, what it got, what it takes."""
+  if isinstance(error, flags.UnrecognizedFlagError):
+    of_one = lambda owner: error.flagname.startswith(f"{owner}_")
+    if owners := sorted(filter(of_one, (*algorithms.METHODS, *algorithms.WRAPPERS)), key=len):
+      owner = owners[-1]
+      return _no_such(owner, error.flagname.removeprefix(f"{owner}_"), algorithms.settings(owner))
   text = str(error).replace("\n", " ").removeprefix("ERROR:: ")
   if text.startswith("flag --") and "=" in text.split(":")[0]:
     name, _, value = text[len("flag --") :].split(": ")[0].partition("=")

@@ -3,6 +3,7 @@
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import platform
 import subprocess
@@ -207,6 +208,7 @@ def prepare(
     population_size=config.num_clients,
     cohort_size=1 if config.clock == "asynchronous" else config.cohort_size or config.num_clients,
     offsets=masked,
+    name=" with ".join([config.algorithm, *config.wrapper_names]),
   )
   traffic = simulation.traffic(build, inputs, shapes.server, num_classes if masked else 0)
   made = replayed or _schedule(config, build, task, inputs, traffic)
@@ -358,6 +360,12 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
     _draw(workdir)
   if not any(result.record.arrived):
     print("no upload arrived in any round: the global model is the initial one", file=sys.stderr)
+  for name, least in config.least_uploads().items():
+    if few := sum(0 < number < least for number in result.record.arrived):
+      print(
+        f"note: {name} promises nothing of a round with fewer than {least} uploads, as in {few} of {config.rounds}",
+        file=sys.stderr,
+      )
   return _announced(summary, workdir)
 
 
@@ -536,10 +544,13 @@ def _claim(workdir: Path, config: Config, *, write: bool) -> dict[str, Any] | No
     raise InputError(f"workdir: {workdir} is a file, accepted is a folder or a new name")
   kept = workdir / "flags.txt"
   if kept.is_file():
-    here = {line for line in kept.read_text().splitlines() if line}
-    differing = sorted(line for line in config.identity() if line not in here)
-    if differing:
-      raise InputError(f"workdir: {workdir} holds another run ({differing[0]} differs), accepted is another folder")
+    here = dict(line.partition("=")[::2] for line in kept.read_text().splitlines() if line)
+    wanted = dict(line.partition("=")[::2] for line in sorted(config.identity()))
+    if others := [name for name, value in wanted.items() if here.get(name) != value]:
+      first, *more = (f"{name}={here.get(name, 'missing')} there, ={wanted[name]} here" for name in others)
+      found = f"{first}, and {len(more)} more" if more else first
+      other = "another folder" if config.workdir else f"another folder, as --workdir={_free(workdir)}"
+      raise InputError(f"workdir: {workdir} holds another run ({found}), accepted is {other}")
     if (workdir / "summary.json").is_file():
       return json.loads((workdir / "summary.json").read_text())
   elif workdir.is_dir() and any(not path.name.startswith(".") for path in workdir.iterdir()):
@@ -553,6 +564,12 @@ def _claim(workdir: Path, config: Config, *, write: bool) -> dict[str, Any] | No
         f"workdir: {workdir} cannot be written ({error.strerror}), accepted is a writable place"
       ) from error
   return None
+
+
+def _free(workdir: Path) -> str:
+  """A name beside it that nothing has."""
+  number = next(n for n in itertools.count(2) if not workdir.with_name(f"{workdir.name}-{n}").exists())
+  return f"{workdir.parent.name}/{workdir.name}-{number}"
 
 
 def _begin(workdir: Path, job: Job, *, write: bool) -> None:

@@ -21,6 +21,7 @@ from absl import flags
 from apfl_jax import algorithms, files, metrics
 from apfl_jax.errors import InputError
 from apfl_jax.report import html, plots, tables
+from apfl_jax.settings import near
 from experiments import config, runs
 from experiments.config import Config
 
@@ -115,17 +116,23 @@ def compare(
     InputError: see `runs.run`; or nothing could be run; or a pair names a method that is not run.
   """
   root = Path(root)
-  listed = {config.algorithm for config in configs.values()}
-  for name in (name for pair in pairs for name in pair):
-    if name not in listed:
-      raise InputError(f"pairs: got {name!r}, accepted are the methods that are run: {', '.join(sorted(listed))}")
-  if best_round and not all(config.personalize_every for config in configs.values()):
-    raise InputError("best_round: needs scores of personal models during the run, give --personalize_every")
+  _check(configs, pairs, best_round)
   outcome = runs.run(root, configs)
   if outcome.summaries:
     values = collect(outcome.summaries, MEASURES | _BEST if best_round else MEASURES)
     _write(root, values, [told(values, *pair) for pair in pairs], _facts(configs, outcome, command), outcome)
   return outcome
+
+
+def _check(configs: Mapping[str, Config], pairs: Sequence[tuple[str, str]], best_round: bool) -> None:
+  """Raises InputError for a pair or a column that these runs cannot have."""
+  listed = sorted({config.algorithm for config in configs.values()})
+  for name in (name for pair in pairs for name in pair):
+    if name not in listed:
+      known = ", ".join(listed)
+      raise InputError(f"pairs: got {name!r}{near(name, listed)}, accepted are the methods that are run: {known}")
+  if best_round and not all(config.personalize_every for config in configs.values()):
+    raise InputError("best_round: needs scores of personal models during the run, give --personalize_every")
 
 
 def plan(methods: Iterable[str], seeds: Iterable[int], make: Callable[[str, int], Config]) -> dict[str, Config]:
@@ -283,8 +290,8 @@ def _grid_of_pairs(rows: Sequence[dict[str, Any]]) -> tables.Grid:
       f"{row['first']} - {row['second']}",
       row["measure"],
       points(row["mean"]) + ("" if row["std"] is None else f" ± {100 * row['std']:.1f}"),
-      f"{points(row['low'])} to {points(row['high'])}",
-      "–" if row["p_value"] is None else f"{row['p_value']:.3g}",
+      "–" if row["low"] is None else f"{points(row['low'])} to {points(row['high'])}",
+      "–" if row["low"] is None else f"{row['p_value']:.3g}",
       str(len(row["differences"])),
     ]
     for row in rows
@@ -332,7 +339,7 @@ def readme_table() -> str:
   for group, methods in algorithms.grouped().items():
     rows = [[f"`{name}`", method.paper, _link(method.make), method.keeps] for name, method in sorted(methods.items())]
     grid = tables.Grid(["name", "paper", "file", "what it keeps on the client"], rows)
-    parts.append(f"**{group}**: {algorithms.GROUPS.get(group, '')}\n\n{tables.markdown(grid)}\n")
+    parts.append(f"**{group}**: {algorithms.GROUPS[group]}\n\n{tables.markdown(grid)}\n")
   return "\n".join(parts)
 
 
@@ -367,7 +374,8 @@ def parse_methods(text: str) -> list[str]:
   names = _parts(text)
   for name in names or [text]:
     if name not in algorithms.METHODS:
-      raise InputError(f"methods: got {name!r}, accepted are all, or some of {', '.join(algorithms.METHODS)}")
+      meant, known = near(name, algorithms.METHODS), ", ".join(algorithms.METHODS)
+      raise InputError(f"methods: got {name!r}{meant}, accepted are all, or some of {known}")
   return names
 
 
@@ -403,6 +411,7 @@ def main(arguments: Sequence[str]) -> int:
   if asked.readme:
     path = _ROOT / "README.md"
     files.write(path, with_table(path.read_text()))
+    print(f"{path}: its table has {len(algorithms.METHODS)} methods")
     return 0
   if asked.methods == "help":
     print(config.table_of_methods())
@@ -414,6 +423,7 @@ def main(arguments: Sequence[str]) -> int:
     methods, seeds, lambda method, seed: config.from_flags(algorithm=method, seed=seed, workdir=asked.output)
   )
   if asked.dry_run:
+    _check(configs, pairs, asked.best_round)
     print(runs.listed(asked.output, configs))
     return 0
   own = {name: str(asked[name].value) for name in ("methods", "seeds", "pairs") if asked[name].present}

@@ -4,6 +4,7 @@ With no other flag it is the main job: AP-FL on digits, 60 % of the clients neve
 `--helpfull` lists every setting, `--algorithm=help` the methods; `--flagfile=DIR/flags.txt` repeats a run.
 """
 
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -29,8 +30,13 @@ def main(arguments: Sequence[str]) -> None:
   print(f"\nrun directory: {summary['workdir']}" + (f", look at {summary['report']}" if summary["report"] else ""))
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+  """The binary. A file that registers a method of its own ends with it, and is then one with that method."""
   config.define_flags()
-  for field in config.fields():
-    flags.declare_key_flag(field.name)  # --help shows these; methods' own settings come with --helpfull
+  for field in config.fields():  # --help shows these; methods' own settings come with --helpfull
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[field.name])
   config.main(main)
+
+
+if __name__ == "__main__":
+  command_line()

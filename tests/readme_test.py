@@ -1,6 +1,10 @@
 """What the README says is true: its Python runs, its table is the registry, its example is short."""
 
+import os
 import re
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,10 @@ from experiments import methods
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+METHOD = next(text for text in EXAMPLES if "def q_fedavg" in text)
+EXAMPLES.remove(METHOD)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
@@ -27,8 +35,23 @@ def test_python_examples_run(number, tmp_path, monkeypatch):
 
 
 def test_the_example_of_a_method_is_short():
-  method = next(text for text in EXAMPLES if "def q_fedavg" in text)
-  assert len([line for line in method.splitlines() if line.strip()]) < 40
+  assert len([line for line in METHOD.splitlines() if line.strip()]) < 45
+
+
+def test_the_example_of_a_method_is_a_binary_and_has_the_common_tests(tmp_path):
+  """By the two commands below it."""
+  (tmp_path / "q_fedavg.py").write_text(METHOD)
+  environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+  call = partial(subprocess.run, env=environment, capture_output=True, text=True, check=False)
+  run, test = re.search(r"^python (q_fedavg\.py .*)\npython (-m pytest .*)$", TEXT, re.MULTILINE).groups()
+  here = ("--num_clients=4", "--local_steps=2", "--personal_steps=1", "--report=false")
+  made = call([sys.executable, *run.split(), *here], cwd=tmp_path)
+  assert made.returncode == 0, made.stderr
+  assert "--q_fedavg_q=0.5\n" in (tmp_path / "runs/q_fedavg-fast-0/flags.txt").read_text()
+  helped = call([sys.executable, "q_fedavg.py", "--help"], cwd=tmp_path)
+  assert "--num_clients" in helped.stdout
+  tested = call([sys.executable, *test.split(), "-k", "q_fedavg and same_bits"], cwd=ROOT)
+  assert tested.returncode == 0 and " 1 passed" in tested.stdout, tested.stdout
 
 
 def test_the_table_is_the_registry():

@@ -1,5 +1,6 @@
 """The methods: one file each, made by `method(task, **settings)`, listed once in `METHODS`; wrappers in `WRAPPERS`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,15 +41,17 @@ from apfl_jax.algorithms.persafl import persafl
 from apfl_jax.algorithms.pfedme import pfedme
 from apfl_jax.algorithms.scaffold import scaffold
 from apfl_jax.algorithms.wrappers import krum
-from apfl_jax.settings import Setting, of
+from apfl_jax.algorithms.wrappers.krum import least_uploads as krum_least_uploads
+from apfl_jax.settings import Limits, Setting, checked, of
 from apfl_jax.types import Algorithm, Task
 
 
-class Method(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Method:
   """A row of the table of methods.
 
   Attributes:
-    make: (task, **settings) -> Algorithm.
+    make: (task, **settings) -> Algorithm; the first line of its docstring is what help says of it.
     paper: where it comes from.
     group: under which heading tables list it, a key of `GROUPS`.
     keeps: what stays on the client between visits.
@@ -57,6 +60,9 @@ class Method(NamedTuple):
     trust: (server) -> float [C] in [0, 1], how far it believes samples of each class, if it says so.
     pools: whether its clients train on all clients' examples, see `data.pooled`.
     rounds_of: the method whose rounds and server it has as they are, where only its personal models are its own.
+
+  Raises:
+    InputError: there is no such group.
   """
 
   make: Callable[..., Algorithm]
@@ -68,6 +74,9 @@ class Method(NamedTuple):
   pools: bool = False
   rounds_of: str = ""
 
+  def __post_init__(self) -> None:
+    checked("group", self.group, str, Limits(choices=GROUPS))
+
 
 class Wrapper(NamedTuple):
   """A row of the table of wrappers.
@@ -75,10 +84,12 @@ class Wrapper(NamedTuple):
   Attributes:
     make: (algorithm, task, **settings) -> Algorithm.
     paper: where it comes from.
+    least_uploads: (**settings) -> how many uploads a round needs for what the paper promises.
   """
 
   make: Callable[..., Algorithm]
   paper: str
+  least_uploads: Callable[..., int] = lambda **settings: 1
 
 
 GROUPS = {
@@ -145,14 +156,13 @@ METHODS: dict[str, Method] = {
 }
 
 WRAPPERS: dict[str, Wrapper] = {
-  "krum": Wrapper(krum, "Blanchard et al. 2017, arXiv 1703.02757"),
+  "krum": Wrapper(krum, "Blanchard et al. 2017, arXiv 1703.02757", least_uploads=krum_least_uploads),
 }
 
 
 def grouped() -> dict[str, dict[str, Method]]:
-  """The methods by group, in the order of `GROUPS`; a group that is not among them comes last."""
-  groups = dict.fromkeys([*GROUPS, *(method.group for method in METHODS.values())])
-  found = {group: {name: method for name, method in METHODS.items() if method.group == group} for group in groups}
+  """The methods by group, in the order of `GROUPS`."""
+  found = {group: {name: method for name, method in METHODS.items() if method.group == group} for group in GROUPS}
   return {group: methods for group, methods in found.items() if methods}
 
 

@@ -13,7 +13,7 @@ from apfl_jax.types import Algorithm, Download, Task, Upload
 
 
 def fedavg(task: Task) -> Algorithm:
-  """The global model is everyone's model: `personalize` returns it as it is."""
+  """The weighted mean of what clients have trained; it is everyone's model."""
   loss = training.classification_loss(task)
 
   def local_update(download, client, data, visit, key):

@@ -49,18 +49,18 @@ def persafl(
   inner_steps: Annotated[int, Limits(least=1)] = 5,
   inner_learning_rate: Positive = 0.02,
 ) -> Algorithm:
-  """Personalised federated learning that takes updates whenever they come.
+  """Asynchronous FedAvg whose clients train the global model to be good after a step of their own.
 
   Args:
     task: the task.
-    option: 'a' plain, 'b' MAML, 'c' Moreau envelope.
+    option: what a client's steps follow: 'a' plain, 'b' MAML, 'c' Moreau envelope.
     server_learning_rate: beta.
     staleness_power: exponent of the discount for staleness; 0 is none.
     alpha: rate of B's inner step and of A's and B's personal ones, in units of the learning rate.
     first_order: B without the Hessian; false takes exact Hessian-vector products.
-    envelope_weight: C's lambda.
-    inner_steps: C's K.
-    inner_learning_rate: of C's steps; times `envelope_weight` it must stay below 2.
+    envelope_weight: option c's lambda.
+    inner_steps: option c's K.
+    inner_learning_rate: of option c's steps; times `envelope_weight` it must stay below 2.
   """
   synchronous = {
     "a": lambda: fedavg(task)._replace(personalize=fedavg_ft(with_rate(task, alpha)).personalize),

@@ -51,7 +51,7 @@ class Sent(NamedTuple):
 
 
 def scaffold(task: Task, *, server_learning_rate: Positive = 1.0) -> Algorithm:
-  """SCAFFOLD with option II.
+  """FedAvg whose clients correct their drift by control variates (option II).
 
   Args:
     task: the task.

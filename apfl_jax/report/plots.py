@@ -104,9 +104,12 @@ def compare(points: Sequence[Point], xlabel: str, ylabel: str) -> bytes:
       axes.errorbar(x.mean(), y.mean(), fmt=marker, color=color, ms=6, mec="white", label=label, **bars)
     axes.set(xlabel=f"{xlabel} (%)", ylabel=f"{ylabel} (%)")
     axes.grid()
-    # Beside points, names would cover one another where methods are close: they stand in the margin, in points' order.
+    # Beside points, names would cover one another where methods are close: they stand in the margin, in points' order
+    # and, as far as there is room, at their height.
     order = sorted(points, key=lambda point: (np.mean(point.y), np.mean(point.x)))
-    for place, point in zip(np.linspace(0, 1, 2 * len(order) + 1)[1::2], order, strict=True):
+    low, high = axes.get_ylim()
+    heights = [(100 * np.mean(point.y) - low) / (high - low) for point in order]
+    for place, point in zip(_spread_out(np.asarray(heights), min(0.05, 1 / len(order))), order, strict=True):
       color = looks[point.group][0]
       axes.annotate(
         point.name,
@@ -129,6 +132,13 @@ def compare(points: Sequence[Point], xlabel: str, ylabel: str) -> bytes:
       )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=6, fontsize=9)
     return _png(figure)
+
+
+def _spread_out(places: np.ndarray, gap: float) -> np.ndarray:
+  """Ascending places in [0, 1], moved so far that each is a gap above the one before it; at most 1 / gap of them."""
+  steps = gap * np.arange(len(places))
+  raised = np.maximum.accumulate(places - steps) + steps
+  return np.minimum(raised, 1 - steps[::-1])
 
 
 class Front(NamedTuple):

@@ -39,9 +39,9 @@ def rows(summary: dict[str, Any]) -> list[Row]:
   # The global model is the same for every client, so dropped ones have its pooled accuracy, if there are such clients.
   shared_pooled = [pooled.get("global_model"), None if dropped is None else pooled.get("global_model")]
   return [
-    Row("global model", [shared.get(key) for key in _OWN_KEYS] + shared_pooled),
+    Row("global model" if shared else "global model (none)", [shared.get(key) for key in _OWN_KEYS] + shared_pooled),
     Row(
-      f"personal models ({' with '.join([summary['algorithm'], *summary.get('wrappers', ())])})",
+      f"personal models ({summary['algorithm']})",
       [personal.get(key) for key in _OWN_KEYS] + [pooled.get("personal_mean"), dropped],
     ),
   ]

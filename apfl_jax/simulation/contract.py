@@ -59,6 +59,7 @@ def outline(
   population_size: int,
   cohort_size: int,
   offsets: bool = False,
+  name: str = "",
 ) -> Outline:
   """Traces the functions of a method in the order of a round; nothing is compiled or computed.
 
@@ -71,18 +72,19 @@ def outline(
     population_size: N.
     cohort_size: K, uploads that `aggregate` gets.
     offsets: whether clients' data have a `logit_offset`.
+    name: of the method in what is refused; empty for that of the function in which the refused one was written.
 
   Raises:
     InputError: a function takes or returns something else than the contract says, or is not a function of its
-      arguments; with its name behind that of the function in which it was written.
+      arguments; with the method's name, its own, and in which other method it was written, if it was.
   """
 
   def once(inputs: Any) -> Outline:
-    with _readable("method"):
+    with _readable(name or "method"):
       algorithm, _ = build(inputs.settings)
     if not isinstance(algorithm, Algorithm):
-      raise InputError(f"method: got {_spec(algorithm)}, accepted is an Algorithm")
-    call, refused = partial(_call, algorithm), partial(_refused, algorithm)
+      raise InputError(f"{name or 'method'}: got {_spec(algorithm)}, accepted is an Algorithm")
+    call, refused = partial(_call, name, algorithm), partial(_refused, name, algorithm)
     store, key, zero = inputs.federation.store, jax.random.key(0), jnp.int32(0)
 
     server = call("init", key)
@@ -126,8 +128,8 @@ def outline(
     # Not as many as classes, so that one is not taken for the other.
     images = jnp.zeros((num_classes + 1, *store.images.shape[1:]))
     if shared is not None:
-      _predicted(algorithm, "global_model", shared, images, num_classes)
-    _predicted(algorithm, "personalize", personal, images, num_classes)
+      _predicted(name, algorithm, "global_model", shared, images, num_classes)
+    _predicted(name, algorithm, "personalize", personal, images, num_classes)
     described = call("describe", personal)
     if not isinstance(described, dict):
       raise refused("describe", f"returns {_spec(described)}", "a dict, name -> array")
@@ -137,39 +139,40 @@ def outline(
   for value in traced.consts:
     if isinstance(value, jax.core.Tracer):
       found = f"a function reads {_spec(value)} that another call has left behind"
-      raise InputError(f"method: {found}, accepted is what comes through its arguments")
+      raise InputError(f"{name or 'method'}: {found}, accepted is what comes through its arguments")
   return shapes
 
 
-def _predicted(algorithm: Algorithm, maker: str, model: PyTree, images: jax.Array, num_classes: int) -> None:
-  """Refuses a model for which `predict` has no Prediction of a batch."""
+def _predicted(name: str, algorithm: Algorithm, field: str, model: PyTree, images: jax.Array, num_classes: int) -> None:
+  """Refuses a model, which `field` made, for which `predict` has no Prediction of a batch."""
+  refused = partial(_refused, name, algorithm)
   try:
-    prediction = _call(algorithm, "predict", model, images)
+    prediction = _call(name, algorithm, "predict", model, images)
   except InputError:
     raise
   except Exception as error:
     said, *_ = f"{type(error).__name__}: {error}".splitlines()
-    raise _refused(algorithm, maker, f"its model fails in {_where(error)} ({said})", "what predict takes") from error
+    raise refused(field, f"its model fails in {_where(error)} ({said})", "what predict takes") from error
   if not isinstance(prediction, Prediction):
-    raise _refused(algorithm, "predict", f"returns {_spec(prediction)}", "Prediction(logits, features)")
-  for name, width in (("logits", num_classes), ("features", None)):
-    found = getattr(prediction, name)
+    raise refused("predict", f"returns {_spec(prediction)}", "Prediction(logits, features)")
+  for part, width in (("logits", num_classes), ("features", None)):
+    found = getattr(prediction, part)
     floats = isinstance(found, jax.Array) and jnp.issubdtype(found.dtype, jnp.floating) and found.ndim == 2
     if not floats or found.shape != (len(images), width or found.shape[1]):
       accepted = f"float [B, {'C' if width else 'F'}], here float32 [{len(images)}, {width or 'F'}]"
-      raise _refused(algorithm, "predict", f"{name} are {_spec(found)}", accepted)
+      raise refused("predict", f"{part} are {_spec(found)}", accepted)
 
 
-def _call(algorithm: Algorithm, field: str, *arguments: PyTree) -> Any:
+def _call(name: str, algorithm: Algorithm, field: str, *arguments: PyTree) -> Any:
   """What a function returns, traced apart from the others."""
-  function = getattr(algorithm, field)
+  function, refused = getattr(algorithm, field), partial(_refused, name, algorithm, field)
   if not callable(function):
-    raise _refused(algorithm, field, f"is {_spec(function)}", f"a function {_TAKES[field]}")
+    raise refused(f"is {_spec(function)}", f"a function {_TAKES[field]}")
   signature = inspect.signature(function)
   try:
     signature.bind(*arguments)
   except TypeError as error:
-    raise _refused(algorithm, field, f"takes {signature}", _TAKES[field]) from error
+    raise refused(f"takes {signature}", _TAKES[field]) from error
 
   @jax.jit
   def traced(*arguments):
@@ -177,10 +180,10 @@ def _call(algorithm: Algorithm, field: str, *arguments: PyTree) -> Any:
     for path, leaf in jax.tree.leaves_with_path(result):
       if not isinstance(leaf, get_args(jax.typing.ArrayLike)):
         place = jax.tree_util.keystr(path)
-        raise _refused(algorithm, field, f"returns {_spec(leaf)}{place and f' at {place}'}", "a pytree of arrays")
+        raise refused(f"returns {_spec(leaf)}{place and f' at {place}'}", "a pytree of arrays")
     return result
 
-  with _readable(f"{_maker(function)}: {field}"):
+  with _readable(_whose(name, algorithm, field)):
     return traced(*arguments)
 
 
@@ -195,15 +198,22 @@ def _readable(who: str) -> Iterator[None]:
     raise InputError(f"{who}: {found}, accepted are {accepted}") from error
 
 
-def _refused(algorithm: Algorithm, field: str, found: str, accepted: str) -> InputError:
-  return InputError(f"{_maker(getattr(algorithm, field))}: {field}: {found}, accepted is {accepted}")
+def _refused(name: str, algorithm: Algorithm, field: str, found: str, accepted: str) -> InputError:
+  return InputError(f"{_whose(name, algorithm, field)}: {found}, accepted is {accepted}")
 
 
-def _maker(function: Any) -> str:
-  """The name of the method, wrapper or other function in which a function was written."""
+def _whose(name: str, algorithm: Algorithm, field: str) -> str:
+  """A function of a method, and where it was written if that is another one."""
+  makers = _makers(getattr(algorithm, field))
+  own = not name or not set(makers).isdisjoint(name.split())  # which may be that of a method with wrappers
+  return f"{name or makers[0]}: {field}" + ("" if own else f" (written in {makers[0]})")
+
+
+def _makers(function: Any) -> list[str]:
+  """The names of the functions in which a function was written, the outermost first: methods, wrappers, others."""
   while isinstance(function, partial):
     function = function.func
-  return getattr(function, "__qualname__", "method").partition(".")[0]
+  return getattr(function, "__qualname__", "method").split(".<locals>.")
 
 
 def _where(error: Exception) -> str:

@@ -212,6 +212,7 @@ def run(
     total=rounds, initial=done, desc="rounds", unit="round", disable=not chatty, mininterval=_interval()
   ) as bar:
     text = ""
+    bar.set_postfix_str(_FIRST)
     while done < rounds:
       size = chunk_from(done)
       with Stopwatch() as watch:
@@ -300,14 +301,17 @@ def _score(
   """Scores in blocks, so that long work shows progress and one block's shapes serve them all."""
   block = min(len(rows), block)
   parts = []
-  for start in tqdm(
+  bar = tqdm(
     range(0, len(rows), block), desc=name, unit=f"x{block} clients", disable=not progress, mininterval=_interval()
-  ):
+  )
+  bar.set_postfix_str(_FIRST)
+  for start in bar:
     some = rows[start : start + block]
     state, inputs, there = bring(some, block)
     ok = np.arange(block) < len(some)
     scores = function(state, inputs, *place((np.pad(there, (0, block - len(some))), ok)))
     parts.append(jax.tree.map(np.asarray, scores))
+    bar.set_postfix_str("", refresh=False)
   return jax.tree.map(lambda *blocks: np.concatenate(blocks)[: len(rows)], *parts)
 
 
@@ -328,6 +332,9 @@ def _spread(population: int, count: int) -> np.ndarray:
   if not count or count >= population:
     return np.arange(population, dtype=np.int32)
   return np.linspace(0, population - 1, count).round().astype(np.int32)
+
+
+_FIRST = "compiling"  # beside a bar that nothing has moved yet
 
 
 def _interval() -> float:

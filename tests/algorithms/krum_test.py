@@ -1,5 +1,7 @@
 """Krum against NumPy, as a wrapper against clients that send garbage, and how it is asked for."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from apfl_jax.algorithms import fedavg, fedbuff, krum
 from apfl_jax.algorithms.wrappers.krum import chosen_by_krum
 from apfl_jax.errors import InputError
+from experiments import job
 from experiments.config import Config
 from tests import linear
 
@@ -90,7 +93,11 @@ def test_how_it_is_asked_for():
   assert config.wrapper_settings == {"krum": {"byzantine": 1, "selected": 2}}
   assert {"--wrappers=krum", "--krum_byzantine=1", "--krum_selected=2"} <= set(config.lines())
   for settings, words in (
-    ({"wrappers": "crumb"}, "wrappers: got 'crumb', accepted are krum"),
+    ({"wrappers": "crumb"}, "wrappers: got 'crumb' (did you mean 'krum'?), accepted are krum"),
+    (
+      {"wrappers": "krum", "cohort_size": 6, "wrapper_settings": {"krum": {"byzantine": 2}}},
+      "got krum with --krum_byzantine=2 --krum_selected=1 and 6 clients a round, accepted are 7 clients or more",
+    ),
     ({"wrappers": "krum,krum"}, "accepted is each at most once"),
     (
       {"wrappers": "krum", "wrapper_settings": {"krum": {"selected": 0}}},
@@ -99,5 +106,19 @@ def test_how_it_is_asked_for():
     ({"wrappers": "krum", "wrapper_settings": {"krum": {"f": 0}}}, "krum_f: no such setting"),
     ({"wrapper_settings": {"krum": {"selected": 2}}}, "wrapper_settings: got 'krum'"),
   ):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=re.escape(words)):
       Config(algorithm="fedavg", **settings)
+
+
+def test_rounds_with_too_few_uploads_are_told(tmp_path, capsys):
+  """Of 8 clients half never come: 4 uploads, where f = 1 wants 5."""
+  small = {"dataset": "fast", "model": "mlp", "num_clients": 8, "partition": "iid", "monopolistic_classes": 0}
+  brief = {"rounds": 2, "local_steps": 2, "personal_steps": 1, "min_size": 4, "report": False, "progress": False}
+  run = lambda rate: job.run(
+    Config(algorithm="fedavg", wrappers="krum", drop_rate=rate, workdir=str(tmp_path / rate), **small, **brief)
+  )
+  run("0.5")
+  said = "note: krum promises nothing of a round with fewer than 5 uploads, as in 2 of 2"
+  assert said in capsys.readouterr().err.splitlines()
+  run("0.25")
+  assert "promises nothing" not in capsys.readouterr().err

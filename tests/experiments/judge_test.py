@@ -1,5 +1,6 @@
 """The judge and what it says, on the fast task: a generator that copies, one that draws noise, and a real run."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ def test_a_judge_knows_the_classes_and_is_trained_once(monkeypatch):
 def drawing(kind):
   """FedAvg as a method with samples."""
   trust = lambda server: jnp.linspace(0, 1, tasks.NUM_CLASSES)
-  return algorithms.METHODS["fedavg"]._replace(samples=settled(kind), trust=trust)
+  return dataclasses.replace(algorithms.METHODS["fedavg"], samples=settled(kind), trust=trust)
 
 
 class Copied(NamedTuple):

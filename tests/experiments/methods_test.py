@@ -148,6 +148,7 @@ def test_lists_are_parsed():
   [
     (methods.parse_methods, "", "methods: got '', accepted are all"),
     (methods.parse_methods, "fedavg,nope", "methods: got 'nope', accepted are all"),
+    (methods.parse_methods, "Fed-Avg", "methods: got 'Fed-Avg' (did you mean 'fedavg'?), accepted are all"),
     (methods.parse_methods, ",", "methods: got ','"),
     (methods.parse_seeds, "", "seeds: got ''"),
     (methods.parse_seeds, "0,one", "seeds: got 'one', accepted are whole numbers"),
@@ -172,6 +173,11 @@ def test_the_binary_lists_and_tells_of_failures(tmp_path):
   assert listed.returncode == 0 and not listed.stderr
   first, second = listed.stdout.splitlines()
   assert first == "fedavg-5" and second.startswith("fedprox-5  cannot run: workdir: ")
+  refused = call("--methods=fedavg,fedprox", "--dry_run", "--pairs=fedavg:fedprxo")
+  assert refused.returncode == 2
+  assert refused.stderr == (
+    "error: pairs: got 'fedprxo' (did you mean 'fedprox'?), accepted are the methods that are run: fedavg, fedprox\n"
+  )
   failed = call("--methods=fedprox", "--progress=false")
   assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1
   assert failed.stderr.startswith("error: fedprox-5: workdir: ")
@@ -192,6 +198,20 @@ def test_help_lists_every_method_under_its_group():
   assert sorted(line.split()[0] for line in lines if line.startswith(" ")) == sorted(
     [*algorithms.METHODS, *algorithms.WRAPPERS]
   )
+  for name, entry in (*algorithms.METHODS.items(), *algorithms.WRAPPERS.items()):
+    (line,) = (line for line in lines if line.startswith(f"  {name} "))
+    assert line.endswith(f" ({entry.paper})") and 3 <= len(line.removesuffix(f" ({entry.paper})").split()[1:]) <= 25
+
+
+def test_a_group_is_one_of_those_that_tables_have():
+  with pytest.raises(InputError, match=r"^group: got 'gobal' \(did you mean 'global'\?\), accepted are global, "):
+    algorithms.Method(algorithms.fedavg, "nobody", "gobal")
+
+
+def test_of_one_seed_there_is_no_interval():
+  values = {name: {of: {0: mean} for of in methods.MEASURES} for name, mean in (("ditto", 0.9), ("local", 0.8))}
+  (row, *_) = methods._grid_of_pairs(methods.told(values, "ditto", "local")).rows
+  assert row == ["ditto - local", "own: all", "+10.0", "–", "–", "1"]
 
 
 def test_a_picture_for_one_method_or_many():

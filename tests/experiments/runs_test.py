@@ -75,7 +75,7 @@ def test_a_run_that_fails_stops_no_other(computed, tmp_path, capsys):
 def test_a_folder_with_another_run_is_a_failure(computed, tmp_path):
   runs.run(tmp_path, {"a": Config(seed=1)})
   outcome = runs.run(tmp_path, {"a": Config(seed=2), "b": Config(seed=3)})
-  assert "another run (--seed=2 differs)" in outcome.failed["a"]
+  assert "another run (--seed=1 there, =2 here), accepted is another folder" in outcome.failed["a"]
   assert list(outcome.summaries) == ["b"]
 
 

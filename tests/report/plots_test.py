@@ -192,3 +192,11 @@ def test_the_surface_is_palest_at_its_least_and_has_a_dot_a_client_near_its_choi
     want = [(float(r["lambda_base"]), float(r["lambda_head"])) for r in rows if (r["dropped"] == "1") == gone]
     np.testing.assert_allclose(line.get_xydata(), want, atol=0.1)
   assert sum(len(line.get_xydata()) for line in axes.lines) == len(rows)
+
+
+def test_names_in_the_margin_keep_their_height_where_there_is_room():
+  np.testing.assert_allclose(plots._spread_out(np.array([0.1, 0.8]), 0.05), [0.1, 0.8])
+  crowded = plots._spread_out(np.array([0.5, 0.5, 0.51, 0.99, 1.0]), 0.1)
+  np.testing.assert_allclose(crowded, [0.5, 0.6, 0.7, 0.9, 1.0])
+  full = plots._spread_out(np.full(5, 0.97), 0.2)
+  np.testing.assert_allclose(full, [0.2, 0.4, 0.6, 0.8, 1.0])

@@ -228,6 +228,25 @@ def test_it_is_said_who_wrote_the_function():
   assert _refusal(lambda settings: wrapper(own(settings)[0])).startswith("test_it_is_said_who_wrote_the_function: ")
 
 
+def test_it_is_said_whose_method_it_is(monkeypatch, tmp_path):
+  """A method with a server of its own that keeps another one's `personalize`."""
+
+  def mine(task):
+    base = algorithms.fedavg(task)
+    return base._replace(
+      init=lambda key: (base.init(key), jnp.float32(0)),
+      local_update=lambda download, *others: base.local_update(Download(download.shared[0]), *others),
+      aggregate=lambda server, received, key: (base.aggregate(server[0], received, key), server[1]),
+      global_model=lambda server: server[0],
+    )
+
+  monkeypatch.setitem(algorithms.METHODS, "mine", algorithms.Method(mine, "nobody", "global"))
+  quick: PyTree = {"dataset": "fast", "model": "mlp", "dropout": "none", "monopolistic_classes": 0}
+  said = r"^mine: personalize \(written in fedavg\): its model fails in line \d+ of \w+\.py \(.*\), accepted is"
+  with pytest.raises(InputError, match=said):
+    job.prepare(Config(algorithm="mine", workdir=str(tmp_path), **quick))
+
+
 @pytest.mark.parametrize("clock", ["rounds", "asynchronous"])
 def test_a_job_ends_with_it(clock, monkeypatch, tmp_path):
   """Before bytes are counted in an upload that is none."""
@@ -237,5 +256,5 @@ def test_a_job_ends_with_it(clock, monkeypatch, tmp_path):
 
   monkeypatch.setitem(algorithms.METHODS, "my_fedavg", algorithms.Method(my_fedavg, "nobody", "global"))
   options: PyTree = {"dataset": "fast", "model": "mlp", "dropout": "none", "monopolistic_classes": 0}
-  with pytest.raises(InputError, match=r"local_update: returns \(\(\), Params\), accepted is"):
+  with pytest.raises(InputError, match=r"^my_fedavg: local_update: returns \(\(\), Params\), accepted is"):
     job.prepare(Config(algorithm="my_fedavg", clock=clock, workdir=str(tmp_path), **options))

@@ -84,7 +84,7 @@ def ap_fl(
   lambda_base: Personal[Share] = 0.3,
   lambda_head: Personal[Share] = 0.7,
 ) -> Algorithm:
-  """AP-FL, reconstructed [O].
+  """The server learns a generator from the global model; a client mixes a model of its data with one of both [O].
 
   Args:
     task: the task. With an anchored head and embeddings that say something, unseen classes have logits and samples.

@@ -10,7 +10,7 @@ method as if the others had been lost, with their weights: the paper's mean is u
 
 Distances are of `Upload.update`; what a method sends client by client beside it (`kept`) is not judged. The server must
 hold the updates of a cohort one by one; of uploads that are aggregated one by one there is nothing to choose, so the
-asynchronous clock is refused.
+asynchronous clock is refused, as is a cohort of fewer than 2 f + 3.
 """
 
 from typing import Annotated, NamedTuple
@@ -71,6 +71,12 @@ def krum(
     return algorithm.aggregate(server, received, key)
 
   return algorithm._replace(local_update=local_update, aggregate=aggregate)
+
+
+def least_uploads(*, byzantine: int, selected: int) -> int:
+  """Updates of a round for which the paper has its proof."""
+  del selected
+  return 2 * byzantine + 3
 
 
 def chosen_by_krum(update: PyTree, candidate: Array, byzantine: int, selected: int) -> Array:
