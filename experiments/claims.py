@@ -153,7 +153,7 @@ def write(root: Path, rows: Sequence[Row], evidence: Evidence, facts: Mapping[st
     "Measured on each seed and averaged; own accuracy, on the client's own test examples, where nothing else is said."
     f" Intervals are the percentile bootstrap's over seeds, too narrow for fewer than {_ENOUGH}: their verdicts are not"
     " in bold. *Holds* and *fails*: the whole interval is on that side of the criterion; *tie*: these seeds do not"
-    " decide."
+    " decide; *one seed* has no interval."
   )
   drawn: dict[str, list[dict[str, Any]]] = {}
   shown = any(row.id == "A11" for row in rows)
@@ -196,12 +196,17 @@ def lines(by_method: Mapping[str, Sequence[fronts.Point]]) -> list[plots.Front]:
   ]
 
 
+def listed() -> str:
+  """What is claimed, a line each: what `--claims=help` prints."""
+  return "\n".join(dict.fromkeys(f"{id:4} {row.claim}" for id, claim in CLAIMS.items() for row in claim.judge({})))
+
+
 def parse_claims(text: str) -> list[str]:
   """The claims of a comma list, each once, or all."""
   ids = list(CLAIMS) if text == "all" else list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
   for id in ids or [text]:
     if id not in CLAIMS:
-      raise InputError(f"claims: got {id!r}, accepted are all, or some of {', '.join(CLAIMS)}")
+      raise InputError(f"claims: got {id!r}, accepted are all, help, or some of {', '.join(CLAIMS)}")
   return ids
 
 
@@ -217,6 +222,9 @@ def main(arguments: Sequence[str]) -> int:
   """Runs what the claims need and prints their table; 1 if a run failed."""
   del arguments
   asked = flags.FLAGS
+  if asked.claims == "help":
+    print(listed())
+    return 0
   ids, seeds, scale = parse_claims(asked.claims), parse_seeds(asked.seeds), asked.scale
   given = given_flags()
   configs, names = plan(ids, seeds, scale, given)
@@ -250,7 +258,7 @@ if __name__ == "__main__":
   config.define_flags(but=_GIVEN)
   flags.DEFINE_enum("scale", "digits", list(SCALES), "on what the claims are tried")
   flags.DEFINE_string("seeds", "1,2,3,4,5,6,7,8,9,10", "comma-separated")
-  flags.DEFINE_string("claims", "all", f"all, or some of {', '.join(CLAIMS)}, comma-separated")
+  flags.DEFINE_string("claims", "all", f"all, or some of {', '.join(CLAIMS)}, comma-separated; or help")
   flags.DEFINE_string("output", "runs/claims", "folder of the runs and of the table")
   flags.DEFINE_bool("dry_run", False, "list the runs with the time that they may take, and stop")
   for field in config.fields():

@@ -7,6 +7,7 @@ import _thread
 import dataclasses
 import inspect
 import os
+import re
 import sys
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -436,7 +437,8 @@ def table_of_methods() -> str:
   width = max(map(len, algorithms.METHODS))
 
   def row(name: str, entry: algorithms.Method | algorithms.Wrapper) -> str:
-    what = (inspect.getdoc(entry.make) or "").partition("\n")[0].rstrip(".")
+    first = (inspect.getdoc(entry.make) or "").partition("\n")[0]
+    what = re.sub(r" \[[A-Z]\]", "", first).rstrip(".")  # without its tag
     return f"  {name:{width}}  " + (f"{what} ({entry.paper})" if what else entry.paper)
 
   lines = []

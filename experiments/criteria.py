@@ -3,7 +3,7 @@
 A1 to A12 are those of method 5 [O]; C is the cost of the generator, J the worth of its samples, H the harm of synthetic
 data, and R are figures of a machine-written summary of the paper that nobody has verified. A verdict is a pure function
 of runs. It `holds` or `fails` if the whole interval over seeds is on one side of the criterion; it is a `tie` if these
-seeds do not decide, as one seed never does; what lacks a run is `not measured`.
+seeds do not decide, `one seed` if there is but one, which has no interval; what lacks a run is `not measured`.
 """
 
 import math
@@ -18,8 +18,9 @@ from apfl_jax.metrics import Paired
 from apfl_jax.report import run
 from experiments import config, fronts
 
-HOLDS, FAILS, TIE, NOT_MEASURED, REPORTED = "holds", "fails", "tie", "not measured", "reported"
-_ORDER = (NOT_MEASURED, FAILS, TIE, HOLDS)  # of several verdicts the first stands
+HOLDS, FAILS, TIE, ONE_SEED = "holds", "fails", "tie", "one seed"
+NOT_MEASURED, REPORTED = "not measured", "reported"
+_ORDER = (NOT_MEASURED, ONE_SEED, FAILS, TIE, HOLDS)  # of several verdicts the first stands
 
 
 class Variant(NamedTuple):
@@ -144,7 +145,7 @@ def decide(difference: Paired | None, threshold: float, strict: bool = False) ->
   if difference is None or difference.mean is None:
     return NOT_MEASURED
   if difference.low is None or difference.high is None:
-    return TIE
+    return ONE_SEED
   edge = threshold + (1e-9 if strict else -1e-9)
   return HOLDS if difference.low >= edge else FAILS if difference.high < edge else TIE
 
@@ -681,6 +682,8 @@ def cost(evidence: Evidence) -> list[Row]:
 
 _JUDGED = {
   "default": of("ap_fl", judge=256),
+  "moments of images": of("ap_fl", judge=256, ap_fl_image_moments=True),
+  "tier s2": of("ap_fl", judge=256, ap_fl_tier="s2"),
   "class means": of("ap_fl", judge=256, **_SOURCES["class_means"]),
   "matched": of("ap_fl", judge=256, **_SOURCES["matched"]),
 }
@@ -706,6 +709,11 @@ def samples(evidence: Evidence) -> list[Row]:
         -0.05,
       )
     )
+    if name != "default":
+      for what, *path in (("own", *_DROPPED), ("pooled", "pooled_accuracy", "personal_dropped")):
+        mine, plain = (values(evidence, v, *path) for v in (variant, _JUDGED["default"]))
+        claim = f"samples are worth more to personal models than the default's ({name})"
+        rows.append(least("J", claim, f"dropped clients, {what} accuracy: > 0", mine, plain, 0.0, strict=True))
     trust = values(evidence, variant, "samples", "trust", "correlation")
     rows.append(reported("J", f"trust foretells the judge ({name})", "correlation over classes", trust, ""))
     for key, what in (

@@ -4,6 +4,7 @@ JAX would notice most breaches too, but inside the engine, where its messages na
 wrote; and some not at all: a client state of another dtype would be cast into its row.
 """
 
+import collections
 import inspect
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+import apfl_jax
+from apfl_jax import algorithms
 from apfl_jax.errors import InputError
 from apfl_jax.types import Algorithm, Data, Download, Prediction, Process, PyTree, Received, Span, Upload, Visit
 
@@ -63,8 +66,6 @@ def outline(
 ) -> Outline:
   """Traces the functions of a method in the order of a round; nothing is compiled or computed.
 
-  What fails inside a function for reasons of its own fails with its own error.
-
   Args:
     build: as of the simulator.
     inputs: as of the simulator.
@@ -75,8 +76,9 @@ def outline(
     name: of the method in what is refused; empty for that of the function in which the refused one was written.
 
   Raises:
-    InputError: a function takes or returns something else than the contract says, or is not a function of its
-      arguments; with the method's name, its own, and in which other method it was written, if it was.
+    InputError: a function takes or returns something else than the contract says, is not a function of its arguments,
+      or fails, which is then the cause; with the method's name, its own, and in which other method it was written, if
+      it was.
   """
 
   def once(inputs: Any) -> Outline:
@@ -148,11 +150,10 @@ def _predicted(name: str, algorithm: Algorithm, field: str, model: PyTree, image
   refused = partial(_refused, name, algorithm)
   try:
     prediction = _call(name, algorithm, "predict", model, images)
-  except InputError:
-    raise
-  except Exception as error:
-    said, *_ = f"{type(error).__name__}: {error}".splitlines()
-    raise refused(field, f"its model fails in {_where(error)} ({said})", "what predict takes") from error
+  except InputError as error:
+    if error.__cause__ is None or isinstance(error.__cause__, _UNKNOWN):
+      raise
+    raise refused(field, f"its model fails in {_where(error.__cause__)}", "what predict takes") from error.__cause__
   if not isinstance(prediction, Prediction):
     raise refused("predict", f"returns {_spec(prediction)}", "Prediction(logits, features)")
   for part, width in (("logits", num_classes), ("features", None)):
@@ -189,13 +190,17 @@ def _call(name: str, algorithm: Algorithm, field: str, *arguments: PyTree) -> An
 
 @contextmanager
 def _readable(who: str) -> Iterator[None]:
-  """What tracing refuses, in one line."""
+  """What fails in a function, in one line."""
   try:
     yield
+  except InputError:
+    raise
   except _UNKNOWN as error:
-    found = f"{_where(error)} asks for a number that is known only when the program runs"
+    found = f"{_place(error)} asks for a number that is known only when the program runs"
     accepted = "jnp.where, jax.lax.cond and the like; settings that are whole numbers, bools or texts are known"
     raise InputError(f"{who}: {found}, accepted are {accepted}") from error
+  except Exception as error:
+    raise InputError(f"{who}: fails in {_where(error)}") from error
 
 
 def _refused(name: str, algorithm: Algorithm, field: str, found: str, accepted: str) -> InputError:
@@ -216,11 +221,19 @@ def _makers(function: Any) -> list[str]:
   return getattr(function, "__qualname__", "method").split(".<locals>.")
 
 
-def _where(error: Exception) -> str:
-  """The last line outside JAX."""
-  inside = str(Path(jax.__file__).parent)
-  frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(inside)]
-  return f"line {frames[-1].lineno} of {Path(frames[-1].filename).name}"
+def _where(error: BaseException) -> str:
+  """Where something went wrong, and what."""
+  said, *_ = f"{type(error).__name__}: {error}".splitlines()
+  return f"{_place(error)} ({said})"
+
+
+def _place(error: BaseException) -> str:
+  """The last line outside JAX and named tuples; of a method, rather than of what methods are made from."""
+  inside = lambda frame, *modules: any(Path(frame.filename).is_relative_to(Path(m.__file__).parent) for m in modules)
+  frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not inside(frame, jax, collections)]
+  own = [frame for frame in frames if not inside(frame, apfl_jax) or inside(frame, algorithms)]
+  last = (own or frames)[-1]
+  return f"line {last.lineno} of {Path(last.filename).name}"
 
 
 def _difference(name: str, before: PyTree, after: PyTree, what: str) -> str:

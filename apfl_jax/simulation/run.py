@@ -227,7 +227,7 @@ def run(
       if done < rounds and (due(eval_every, done) or due(personalize_every, done)):
         evaluate(state, done, personal=due(personalize_every, done))
         shown = record.metrics[-1]["pooled_accuracy"]
-        text = "" if shown is None else f"global model {100 * shown:.1f} % pooled"
+        text = "" if shown is None else f"global model after {done}: {100 * shown:.1f} % pooled"
       bar.set_postfix_str(text, refresh=False)
       bar.update(size)
       on_record(record)
@@ -301,17 +301,16 @@ def _score(
   """Scores in blocks, so that long work shows progress and one block's shapes serve them all."""
   block = min(len(rows), block)
   parts = []
-  bar = tqdm(
-    range(0, len(rows), block), desc=name, unit=f"x{block} clients", disable=not progress, mininterval=_interval()
-  )
-  bar.set_postfix_str(_FIRST)
-  for start in bar:
-    some = rows[start : start + block]
-    state, inputs, there = bring(some, block)
-    ok = np.arange(block) < len(some)
-    scores = function(state, inputs, *place((np.pad(there, (0, block - len(some))), ok)))
-    parts.append(jax.tree.map(np.asarray, scores))
-    bar.set_postfix_str("", refresh=False)
+  with tqdm(total=len(rows), desc=name, unit="client", disable=not progress, mininterval=_interval()) as bar:
+    bar.set_postfix_str(_FIRST)
+    for start in range(0, len(rows), block):
+      some = rows[start : start + block]
+      state, inputs, there = bring(some, block)
+      ok = np.arange(block) < len(some)
+      scores = function(state, inputs, *place((np.pad(there, (0, block - len(some))), ok)))
+      parts.append(jax.tree.map(np.asarray, scores))
+      bar.set_postfix_str("", refresh=False)
+      bar.update(len(some))
   return jax.tree.map(lambda *blocks: np.concatenate(blocks)[: len(rows)], *parts)
 
 

@@ -118,6 +118,29 @@ def test_a_bank_holds_the_source_s_samples_to_a_byte(name):
 # --- what leaves a client ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_clients_send_moments_of_their_images_if_asked_to(asked):
+  """Of a client whose examples are all one image they are that image and its square."""
+  task, (_, images, _) = make_task(), examples()
+  store = examples()[0].store._replace(index=jnp.repeat(examples()[0].store.index[:1], 20))
+  span, zero = Span(jnp.int32(0), jnp.int32(20)), jnp.int32(0)
+  visit = Visit(zero, zero, zero, zero, jnp.float32(1), zero)
+
+  @jax.jit
+  def sent(key):
+    algorithm = algorithms.ap_fl(task, **SMALL, image_moments=asked)
+    server = algorithm.init(key)
+    _, upload = algorithm.local_update(algorithm.download(server), (), Data(store, span, span), visit, key)
+    return upload.update.layers, server.statistics.layers
+
+  layers, known_layers = sent(jax.random.key(0))
+  assert jax.tree.map(jnp.shape, layers) == jax.tree.map(jnp.shape, known_layers)
+  assert len(layers) == (2 if asked else 1)
+  if asked:
+    np.testing.assert_allclose(layers[0].mean, images[0].ravel(), atol=1e-6)
+    np.testing.assert_allclose(layers[0].square, images[0].ravel() ** 2, atol=1e-6)
+
+
 def test_sums_by_class_are_those_of_numpy():
   task = make_task()
   client, images, labels = examples()
@@ -482,6 +505,8 @@ def test_a_bank_is_what_clients_download_instead_of_weights():
     ({"source": "matched"}, ("ap_fl_source", "matched", "s2")),
     ({"source": "matched", "tier": "s2", "ship": "bank"}, ("ap_fl_ship", "matched", "generator")),
     ({"memory": "both", "tier": "s0"}, ("ap_fl_memory", "both", "s1")),
+    ({"image_moments": True, "tier": "s0", "source": "image"}, ("ap_fl_image_moments", "s0", "s1")),
+    ({"image_moments": True, "source": "feature"}, ("ap_fl_image_moments", "feature", "image")),
   ],
 )
 def test_settings_that_do_not_go_together_are_named(settings, words):

@@ -223,13 +223,14 @@ def test_distance_of_statistics_is_its_formula():
   assert float(statistics.distance(of(a), of(a))) == pytest.approx(0, abs=1e-6)
 
 
-def test_each_loss_is_in_the_total_with_its_weight_and_sign():
+@pytest.mark.parametrize("image_moments", [False, True])
+def test_each_loss_is_in_the_total_with_its_weight_and_sign(image_moments):
   """The loss as a function of one weight is linear, with the term's own value as slope, and each is worth lowering."""
   task = _task(tasks.inputs("ap_fl").settings, head="anchored")
   noise_size = 3
   images = jnp.clip(jax.random.uniform(jax.random.key(1), (20, *tasks.IMAGE_SHAPE)), 0, 1)
   generator = Generator(init=lambda key: (), apply=lambda params, noise, e: images, noise_size=noise_size)
-  source = sources.source(task, "image")._replace(generator=generator)
+  source = sources.source(task, "image", image_moments=image_moments)._replace(generator=generator)
   key = jax.random.key(3)
 
   @jax.jit
@@ -239,6 +240,8 @@ def test_each_loss_is_in_the_total_with_its_weight_and_sign():
     wanted = statistics.moments(task.model.base(teacher.base, images * 0.5)[1], jnp.ones(20))
     features, taps = task.model.base(teacher.base, images)
     away = statistics.distance(statistics.moments(taps, rows.seen), wanted)
+    if image_moments:
+      wanted = (*statistics.moments((images.reshape(20, -1) * 0.25,), jnp.ones(20)), *wanted)
     return teacher, rows, wanted, task.model.semantics(teacher.head, features), away
 
   teacher, rows, wanted, meant, away = facts()
@@ -260,6 +263,10 @@ def test_each_loss_is_in_the_total_with_its_weight_and_sign():
   none = generation.Weights(*[0.0] * len(generation.Weights._fields))
   loss = lambda **weights: float(total(none._replace(**weights)))
   flat = np.asarray(images)
+  if image_moments:  # compared as a first layer whose channels are pixels
+    made, real = flat.reshape(20, -1)[np.asarray(rows.seen) > 0], flat.reshape(20, -1) * 0.25
+    away += ((made.mean(0) - real.mean(0)) ** 2).mean() / real.var(0).mean()
+    away += 0.1 * (np.log((made.var(0) + 1e-4) / (real.var(0) + 1e-4)) ** 2).mean()
   noise = np.asarray(jax.random.normal(jax.random.split(key)[0], (20, noise_size)))
   meant = np.asarray(meant) / np.linalg.norm(meant, axis=1, keepdims=True)
   rough = np.abs(np.diff(flat, axis=1)).mean((1, 2, 3)) + np.abs(np.diff(flat, axis=2)).mean((1, 2, 3))

@@ -12,7 +12,7 @@ from apfl_jax import algorithms
 from apfl_jax.errors import InputError
 from apfl_jax.report import run, tables
 from experiments import claims, config, criteria, fronts
-from experiments.criteria import CLAIMS, FAILS, HOLDS, NOT_MEASURED, REPORTED, TIE, Found, of, told
+from experiments.criteria import CLAIMS, FAILS, HOLDS, NOT_MEASURED, ONE_SEED, REPORTED, TIE, Found, of, told
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2, 3, 4)
@@ -76,7 +76,7 @@ def verdicts(id, evidence):
     ([0.05, 0.06, -0.04], TIE),
     ([-0.05, -0.06, -0.04], FAILS),
     ([0.01, 0.01, 0.01], HOLDS),  # at the threshold
-    ([0.5], TIE),  # one seed decides nothing
+    ([0.5], ONE_SEED),  # which decides nothing
     ([], NOT_MEASURED),
   ],
 )
@@ -259,13 +259,22 @@ def test_samples_are_judged_by_what_they_teach():
     "tstr": {"mean": 0.7},
     "trust": {"correlation": 0.3},
   }
-  rows = CLAIMS["J"].judge({criteria._JUDGED["default"]: runs_of(samples=section)})
+  judged = {
+    criteria._JUDGED["default"]: runs_of(samples=section, own=0.8, pooled=0.5),
+    criteria._JUDGED["tier s2"]: runs_of(samples=section, own=0.79, pooled=0.6),
+  }
+  rows = CLAIMS["J"].judge(judged)
   by_claim = {row.claim: row for row in rows}
   whole, each = (row.verdict for row in rows if row.claim == "samples are of their class (default)")
   assert whole == HOLDS and each == FAILS
   assert by_claim["samples teach a fresh network (default)"].verdict == FAILS
   assert by_claim["samples are of their class (class means)"].verdict == NOT_MEASURED
   assert by_claim["trust foretells the judge (default)"].measured == "0.3"
+  worth = "samples are worth more to personal models than the default's"
+  own, pooled = (row for row in rows if row.claim == f"{worth} (tier s2)")
+  assert (own.measured, own.verdict) == ("-1.0 points", FAILS)
+  assert (pooled.measured, pooled.verdict) == ("+10.0 points", HOLDS)
+  assert f"{worth} (default)" not in by_claim
 
 
 def test_every_claim_can_be_judged_without_any_run():
@@ -341,7 +350,7 @@ def test_claims_are_parsed():
   assert claims.parse_claims("all") == list(CLAIMS)
   assert claims.parse_claims(" A5, A1,A5") == ["A5", "A1"]
   for text in ("", "A1,B2"):
-    with pytest.raises(InputError, match="claims: got '(B2|)', accepted are all"):
+    with pytest.raises(InputError, match="claims: got '(B2|)', accepted are all, help"):
       claims.parse_claims(text)
 
 
@@ -363,3 +372,9 @@ def test_settings_of_wrappers_reach_the_runs():
   made = claims.make(of("fedavg"), 1, "digits", given)
   assert made.wrapper_settings["krum"]["byzantine"] == 3
   assert not claims.make(of("fedavg"), 1, "digits", {"krum_byzantine": 3}).wrapper_settings
+
+
+def test_help_tells_what_each_claim_says():
+  lines = claims.listed().splitlines()
+  assert {line.split()[0] for line in lines} == set(CLAIMS) and len(lines) == len(set(lines))
+  assert any(line.split(maxsplit=1) == ["A1", "better than global models under dropout"] for line in lines)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apfl_jax import algorithms, simulation
+from apfl_jax import algorithms, simulation, training
 from apfl_jax.errors import InputError
 from apfl_jax.types import Algorithm, Array, Download, Prediction, PyTree, Upload
 from experiments import job
@@ -212,12 +212,44 @@ def test_settings_that_are_numbers_are_not_asked():
   assert _refusal(lambda settings: None) == "method: got None, accepted is an Algorithm"
 
 
-def test_what_fails_for_its_own_reasons_fails_with_its_own_error():
-  def aggregate(server, received, key):
+def failing() -> dict[str, tuple[Any, str]]:
+  """Failure -> (settings -> the method, what is said of it)."""
+
+  def raises(server, received, key):
     raise KeyError("mine")
 
-  with pytest.raises(KeyError, match="mine"):
-    _simulator(lambda settings: mymethod()._replace(aggregate=aggregate))
+  def forgets(download, client, data, visit, key):
+    return client, Upload(download.shared)  # type: ignore[call-arg]
+
+  def no_scalar(settings):
+    task = tasks.task(N, settings)
+
+    def local_update(download, client, data, visit, key):
+      logits = lambda params, batch: training.predict(task.model, params, batch.images).logits
+      each = lambda params, batch: training.batch_cross_entropy(logits(params, batch), batch)
+      return client, Upload(training.local_sgd(task, each, download.shared, data, jnp.int32(1), key), jnp.float32(1))
+
+    return algorithms.fedavg(task)._replace(local_update=local_update)
+
+  mine = lambda **functions: lambda settings: mymethod()._replace(**functions)
+  line = "fails in line LINE of contract_test.py"
+  return {
+    "an error": (mine(aggregate=raises), f"failing: aggregate: {line} (KeyError: 'mine')"),
+    "a forgotten weight": (mine(local_update=forgets), f"failing: local_update: {line} (TypeError: "),
+    "another name": (mine(aggregates=raises), f"method: {line} (ValueError: "),
+    # Not where `local_sgd` takes its gradient, but where the method calls it.
+    "a loss for each example": (no_scalar, f"failing: local_update: {line} (TypeError: "),
+  }
+
+
+@pytest.mark.parametrize("failure", failing())
+def test_what_fails_inside_is_one_line_too(failure):
+  build, said = failing()[failure]
+  with pytest.raises(InputError) as error:
+    _simulator(build)
+  before, _, after = said.partition("LINE")
+  assert str(error.value).startswith(before) and after in str(error.value) and "\n" not in str(error.value)
+  assert type(error.value.__cause__).__name__ in after  # which a caller from Python sees whole
 
 
 def test_it_is_said_who_wrote_the_function():

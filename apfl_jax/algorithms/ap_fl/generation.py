@@ -154,7 +154,7 @@ def generator_loss(
     views = jnp.concatenate([made, shift(made, offset)])
 
   def seen_by(params: Params) -> tuple[Array, tuple[Array, ...], Array]:
-    """(features, layers to compare, logits) of the views."""
+    """(features, taps, logits) of the views."""
     features, taps = model.frozen.base(params.base, views) if source.images else (views, (views,))
     return features, taps, model.head(params.head, features)
 
@@ -177,7 +177,7 @@ def generator_loss(
     loss += weights.memory * forgotten
   features, logits, taps = features[:size], logits[:size], jax.tree.map(lambda x: x[:size], taps)
   if statistics.layers:
-    loss += weights.statistics * distance(moments(taps, present), statistics.layers)
+    loss += weights.statistics * distance(moments(source.layers(made, features, taps), present), statistics.layers)
   if isinstance(statistics.classes, ByClass):
     loss += weights.by_class * class_distance(source, statistics.classes, one_hot * rows.seen[:, None], made, taps)
 

@@ -32,6 +32,7 @@ def ap_fl(
   *,
   source: Annotated[str, Limits(choices=sources.SOURCES)] = "image",
   tier: Annotated[str, Limits(choices=TIERS)] = "s1",
+  image_moments: bool = False,
   n_min: _Many = 1,
   generator_schedule: Annotated[str, Limits(choices=server.SCHEDULES)] = "round",
   generator_steps: Count = 20,
@@ -95,6 +96,8 @@ def ap_fl(
     tier: what leaves a client beside its model: 's0', nothing; 's1', label histogram and channel moments of its
       pre-activations, for L_st; 's2', also sums of images and features by class, for L_class,
       'class_means' and 'matched'.
+    image_moments: whether the moments are also of images, pixel by pixel and all classes together, as of a first layer;
+      source 'image', tiers s1 and s2. Of a client with a single class that is the mean image of a class.
     n_min: training examples that make a class seen; under tier s0, updates that show it.
     generator_schedule: 'round', the generator is trained every round; 'final', once, in the last round.
     generator_steps: Adam steps of the generator a round.
@@ -178,6 +181,11 @@ def ap_fl(
     )
   if source in ("class_means", "matched") and tier != "s2":
     raise InputError(f"ap_fl_source: got {source!r} with --ap_fl_tier={tier}; accepted is --ap_fl_tier=s2")
+  if image_moments and (source != "image" or tier == "s0"):
+    raise InputError(
+      f"ap_fl_image_moments: got true with --ap_fl_source={source} --ap_fl_tier={tier}; accepted are"
+      " --ap_fl_source=image and --ap_fl_tier=s1 or s2"
+    )
   if source == "matched" and ship == "bank":
     raise InputError(
       "ap_fl_ship: got 'bank' with --ap_fl_source=matched, which ships its images as bytes by itself; accepted is"
@@ -203,7 +211,10 @@ def ap_fl(
       f" is --ap_fl_interpolation={', '.join(kind for kind in returning.INTERPOLATIONS if kind != 'output')}"
     )
   origin = sources.source(
-    task, source, matching.Settings(bank_size, matching_steps, matching_learning_rate, lambda_teacher)
+    task,
+    source,
+    matching.Settings(bank_size, matching_steps, matching_learning_rate, lambda_teacher),
+    image_moments=image_moments,
   )
   offered = sources.banked(origin) if ship == "bank" else origin
   rounds = server.federated(

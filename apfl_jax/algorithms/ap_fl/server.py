@@ -77,8 +77,6 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   remembers, reads = settings.memory != "none", settings.unseen.kind != "none"
 
   copied = partial(jax.tree.map, jnp.copy)
-  # A generator of features is compared in these, one of images in what they go through.
-  layers_of = lambda features, taps: taps if source.images else (features,)
 
   def seen(server: Server) -> Array:
     return server.counts >= settings.n_min
@@ -99,7 +97,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
         drawn, copied(drawn), optimizer.init(drawn), student, zero, jnp.float32(jnp.finfo(jnp.float32).max), zero
       )
     known = Statistics(
-      layers=() if tier == "s0" else statistics.no_moments(task, layers_of),
+      layers=() if tier == "s0" else statistics.no_moments(task, source.layers),
       classes=statistics.no_sums(task, to_match=source.match is not None) if tier == "s2" else (),
       weight=() if tier == "s0" else jnp.float32(0),
     )
@@ -146,7 +144,8 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       # One batch as it is, without augmentation, of what can be many examples [O].
       apart = jax.random.fold_in(key, APART)
       batch = training.draw(data.store, data.train, jnp.int32(0), task.sgd.batch_size, num_classes, apart)
-      layers = statistics.moments(layers_of(*model.base(params.base, batch.images)), batch.mask)
+      features, taps = model.base(params.base, batch.images)
+      layers = statistics.moments(source.layers(batch.images, features, taps), batch.mask)
     if tier == "s2":
       sums = statistics.sums_by_class(task, params, data, to_match=source.match is not None)
       by_class = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-12), sums)

@@ -41,6 +41,7 @@ class Source(NamedTuple):
     sample: (shipped, label int32 [B], key) -> samples.
     match: (Statistics, the teacher's loss, key) -> `Matched`, which the server makes once, in the last round; None if
       it makes none.
+    image_moments: whether images are the first layer that L_st compares, pixel by pixel.
   """
 
   images: bool
@@ -51,6 +52,13 @@ class Source(NamedTuple):
   ship: Callable[[PyTree, Statistics], PyTree]
   sample: Callable[[PyTree, Array, Key], Array]
   match: Callable[[Statistics, TeacherLoss, Key], PyTree] | None = None
+  image_moments: bool = False
+
+  def layers(self, images: Array, features: Array, taps: tuple[Array, ...]) -> tuple[Array, ...]:
+    """What moments are taken of, [B, ..., channels] each, from images [B, ...] and what a base makes of them."""
+    if not self.images:
+      return (features,)
+    return (images.reshape(len(images), -1), *taps) if self.image_moments else taps
 
   def features(self, model: Model, base: PyTree, samples: Array) -> Array:
     """Of samples, float32 [B, F], under a base."""
@@ -66,8 +74,15 @@ class Source(NamedTuple):
     return model.head(params.head, features), model.head(params.head, samples)
 
 
-def source(task: Task, name: str, settings: matching.Settings | None = None) -> Source:
-  """The source of a name, one of `SOURCES`; the settings are those with which `matched` makes its images."""
+def source(task: Task, name: str, settings: matching.Settings | None = None, *, image_moments: bool = False) -> Source:
+  """The source of a name, one of `SOURCES`.
+
+  Args:
+    task: the task.
+    name: the name.
+    settings: with which `matched` makes its images.
+    image_moments: as of `Source`, for sources of images.
+  """
   shape, size = task.image_shape, training.feature_size(task)
   nothing = Source(
     images=False,
@@ -113,7 +128,7 @@ def source(task: Task, name: str, settings: matching.Settings | None = None) -> 
   learns = name != "untrained"
   ship = lambda weights, statistics: weights
   trusted = "measured" if learns else "wholly"
-  return Source(images, generator, learns, trusted, generator.init, ship, sample)
+  return Source(images, generator, learns, trusted, generator.init, ship, sample, image_moments=image_moments)
 
 
 def class_images(statistics: Statistics) -> Moments:

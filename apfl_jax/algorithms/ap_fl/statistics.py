@@ -1,7 +1,8 @@
 """What leaves a client beside its model, by privacy tier (method 2.5, 6.7 [O]), and how samples are compared with it.
 
   s0  nothing: the server knows models alone. Labels are not hidden by that, see `held_classes`
-  s1  label histograms and the channel moments of pre-activations (as networks with BatchNorm give away [M])
+  s1  label histograms and the channel moments of pre-activations (as networks with BatchNorm give away [M]); if asked
+      for, also the mean and the second moment of images, all classes together (`image_moments`)
   s2  also sums of features and of images, and of their squares, class by class; for images matched to them (`matching`)
       also sums of products of images' lowest cosine coefficients, and of features under networks that nobody trained
 
@@ -146,11 +147,13 @@ def _sums(task: Task, params: Params, drawn: Params | None, one_hot: Array, imag
   )
 
 
-def no_moments(task: Task, layers_of: Callable[[Array, tuple[Array, ...]], tuple[Array, ...]]) -> tuple[Moments, ...]:
-  """Of no batch; `layers_of`: (features, taps) -> what moments are of."""
+def no_moments(
+  task: Task, layers_of: Callable[[Array, Array, tuple[Array, ...]], tuple[Array, ...]]
+) -> tuple[Moments, ...]:
+  """Of no batch; `layers_of`: (images, features, taps) -> what moments are of."""
 
   def of(key: Key, images: Array) -> tuple[Moments, ...]:
-    return moments(layers_of(*task.model.base(task.model.init(key).base, images)), jnp.ones(1))
+    return moments(layers_of(images, *task.model.base(task.model.init(key).base, images)), jnp.ones(1))
 
   return _zeros(of, task)
 
