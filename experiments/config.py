@@ -336,17 +336,12 @@ def _whole(owner: str, given: dict[str, Any]) -> dict[str, Any]:
   known = algorithms.settings(owner)
   for name in given:
     if name not in known:
-      raise InputError(_no_such(owner, name, known))
+      own = ", ".join(f"{owner}_{other}" for other in known) or f"none, {owner} has no settings"
+      raise InputError(f"{owner}_{name}: no such setting{near(name, known)}, accepted are {own}")
   return {
     name: checked(f"{owner}_{name}", given.get(name, setting.default), type(setting.default), setting.limits)
     for name, setting in known.items()
   }
-
-
-def _no_such(owner: str, name: str, known: Collection[str]) -> str:
-  """The line on a setting that a method or wrapper does not have."""
-  own = ", ".join(f"{owner}_{other}" for other in known)
-  return f"{owner}_{name}: no such setting, accepted are {own or f'none, {owner} has no settings'}"
 
 
 # How a process runs, not what: no part of a run's settings.
@@ -527,10 +522,14 @@ def _start() -> None:
 def _one_line(error: flags.Error) -> str:
   """An absl flag error in our form: flag, what it got, what it takes."""
   if isinstance(error, flags.UnrecognizedFlagError):
-    of_one = lambda owner: error.flagname.startswith(f"{owner}_")
-    if owners := sorted(filter(of_one, (*algorithms.METHODS, *algorithms.WRAPPERS)), key=len):
-      owner = owners[-1]
-      return _no_such(owner, error.flagname.removeprefix(f"{owner}_"), algorithms.settings(owner))
+    name, owners = error.flagname, (*algorithms.METHODS, *algorithms.WRAPPERS)
+    own = [
+      f"{owner}_{short}" for owner in owners if name.startswith(f"{owner}_") for short in algorithms.settings(owner)
+    ]
+    meant = near(name, own or flags.FLAGS)
+    return f"{name}: no such flag{meant}, accepted are those of --helpfull" + (
+      f", {', '.join(own)} among them" if own and not meant else ""
+    )
   text = str(error).replace("\n", " ").removeprefix("ERROR:: ")
   if text.startswith("flag --") and "=" in text.split(":")[0]:
     name, _, value = text[len("flag --") :].split(": ")[0].partition("=")

@@ -1,6 +1,7 @@
 """What every test shares. JAX reads its settings from the environment, which programs under test inherit."""
 
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -10,16 +11,23 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-  """Runs before any test module imports JAX."""
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  """Runs before any test module imports JAX; a method given by `-p` has."""
+
+  def choose(name: str, value: bool | float | str) -> None:
+    if name.upper() not in os.environ:
+      os.environ[name.upper()] = str(value)
+      if "jax" in sys.modules:
+        sys.modules["jax"].config.update(name, value)
+
+  choose("jax_platforms", "cpu")
   if config.option.markexpr == "not slow":
     # Compiling is most of the time that the tests take; what takes minutes is better off with fast programs.
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    choose("jax_disable_most_optimizations", True)
     if metadata.version("jaxlib").startswith("0.10."):  # XLA ends a program that asks for what it does not know
       os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
   if config.pluginmanager.has_plugin("cacheprovider"):
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
-    os.environ.setdefault("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    choose("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    choose("jax_persistent_compilation_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="session")

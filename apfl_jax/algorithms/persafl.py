@@ -56,8 +56,8 @@ def persafl(
     option: what a client's steps follow: 'a' plain, 'b' MAML, 'c' Moreau envelope.
     server_learning_rate: beta.
     staleness_power: exponent of the discount for staleness; 0 is none.
-    alpha: rate of B's inner step and of A's and B's personal ones, in units of the learning rate.
-    first_order: B without the Hessian; false takes exact Hessian-vector products.
+    alpha: rate of option b's inner step and of a's and b's personal ones, in units of the learning rate.
+    first_order: option b without the Hessian; false takes exact Hessian-vector products.
     envelope_weight: option c's lambda.
     inner_steps: option c's K.
     inner_learning_rate: of option c's steps; times `envelope_weight` it must stay below 2.

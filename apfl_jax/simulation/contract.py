@@ -208,10 +208,11 @@ def _refused(name: str, algorithm: Algorithm, field: str, found: str, accepted: 
 
 
 def _whose(name: str, algorithm: Algorithm, field: str) -> str:
-  """A function of a method, and where it was written if that is another one."""
-  makers = _makers(getattr(algorithm, field))
+  """A function of a method, and in which other method it was written if it was."""
+  first, *_ = makers = _makers(getattr(algorithm, field))
   own = not name or not set(makers).isdisjoint(name.split())  # which may be that of a method with wrappers
-  return f"{name or makers[0]}: {field}" + ("" if own else f" (written in {makers[0]})")
+  other = first in {method.make.__name__ for method in algorithms.METHODS.values()}
+  return f"{name or first}: {field}" + (f" (written in {first})" if other and not own else "")
 
 
 def _makers(function: Any) -> list[str]:

@@ -212,7 +212,7 @@ def run(
     total=rounds, initial=done, desc="rounds", unit="round", disable=not chatty, mininterval=_interval()
   ) as bar:
     text = ""
-    bar.set_postfix_str(_FIRST)
+    bar.set_postfix_str(_FIRST if done < rounds else text)
     while done < rounds:
       size = chunk_from(done)
       with Stopwatch() as watch:

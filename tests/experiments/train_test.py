@@ -241,7 +241,9 @@ BAD = {
   ("--trained={other}",): ("trained", "other rounds", "differs"),
   ("--trained={other}", "--personalize_every=5"): ("trained", "personalize_every=0"),
   ("--algorithm=FedProx",): ("algorithm", "'FedProx' (did you mean 'fedprox'?)", "fedavg_ft"),
-  ("--algorithm=ditto", "--ditto_lambda=1"): ("ditto_lambda", "no such setting", "ditto_proximal_weight"),
+  ("--algorithm=ditto", "--ditto_lambda=1"): ("ditto_lambda", "no such flag", "ditto_proximal_weight"),
+  ("--ap_fl_generator_step=3",): ("ap_fl_generator_step", "(did you mean 'ap_fl_generator_steps'?)"),
+  ("--local_step=3",): ("local_step", "(did you mean 'local_steps'?)"),  # `local` is a method, without settings
   ("--algorithm=persafl", "--persafl_option=C"): ("persafl_option", "(did you mean 'c'?)"),
   ("--dataset=nope",): ("nope", "digits"),
   ("--dataset=mnist", "--data_dir=/nowhere"): ("data_dir", "/nowhere"),

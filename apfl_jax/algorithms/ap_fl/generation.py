@@ -209,7 +209,7 @@ def generator_loss(
 def class_distance(source: Source, real: ByClass, one_hot: Array, made: Array, taps: tuple[Array, ...]) -> Array:
   """L_class (method 8.4 [P], tier s2), []: `distance` class by class, a mean over classes that are in the batch.
 
-  For images their mean and variance image and their layers, one half each [O]; for features the features.
+  For images the sum of that of their mean and variance image and that of their layers [O]; for features the features.
 
   Args:
     source: what `made` is.

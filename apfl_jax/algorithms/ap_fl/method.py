@@ -191,6 +191,11 @@ def ap_fl(
       "ap_fl_ship: got 'bank' with --ap_fl_source=matched, which ships its images as bytes by itself; accepted is"
       " --ap_fl_ship=generator"
     )
+  if tier == "s0" and task.model.semantics is not None:
+    raise InputError(
+      "ap_fl_tier: got 's0' with a head made of embeddings, whose changes do not tell which classes a client"
+      " holds; accepted is --ap_fl_tier=s1 or s2, or --head=free"
+    )
   if memory != "none" and tier == "s0":
     raise InputError(f"ap_fl_memory: got {memory!r} with --ap_fl_tier=s0; accepted is --ap_fl_tier=s1 or s2")
   if unseen in ("anchored", "generator_head") and task.model.semantics is None:
@@ -203,7 +208,7 @@ def ap_fl(
   if unseen == "generator_head" and (source not in ("image", "feature") or tier == "s2"):
     raise InputError(
       f"ap_fl_unseen: got 'generator_head' with --ap_fl_source={source} --ap_fl_tier={tier}; accepted are"
-      " --ap_fl_source=image or feature and --ap_fl_tier=s0 or s1"
+      " --ap_fl_source=image or feature and --ap_fl_tier=s1"
     )
   if unseen != "none" and interpolation == "output":
     raise InputError(

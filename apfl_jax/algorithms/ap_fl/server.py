@@ -255,7 +255,8 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
       if settings.adversary:
         sample = source.sample(average, rows.label, jax.random.fold_in(loss_key, APART))
-        student = taught(server.params, student, sample, rows.seen, known)
+        target = teacher_logits(model, server, sample, rows.label)
+        student = taught(student, sample, target, rows.seen, known)
       return params, state, average, student, total + value
 
     carry = (trained.params, trained.optimizer, trained.average, trained.student, jnp.float32(0))
@@ -266,10 +267,9 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     trained = Trained(params, average, state, student, trained.rounds + 1, least, stale)
     return renew(server._replace(source=trained), renew_key)
 
-  def taught(teacher: Params, student: Params, samples: Array, counted: Array, classes: Array) -> Params:
-    """The student after a step of distillation on samples; `counted` float32 [B]."""
+  def taught(student: Params, samples: Array, target: Array, counted: Array, classes: Array) -> Params:
+    """The student after a step of distillation on samples; `target` the teacher's logits, `counted` float32 [B]."""
     answer = lambda params: model.head(params.head, source.features(model, params.base, samples))
-    target = answer(teacher)
     apart = lambda params: jnp.sum(counted * generation.divergence(answer(params), target, classes)) / jnp.sum(counted)
     return jax.tree.map(lambda w, g: w - _STUDENT_RATE * g, student, jax.grad(apart)(student))
 

@@ -22,7 +22,7 @@ from apfl_jax.types import Array, Data, Key, Params, PyTree, Task
 TIERS = ("s0", "s1", "s2")
 _MEMORY = 0.9  # what sums by class keep over a round's aggregations: the model that features come from changes
 _BLOCK = 64  # examples at a time
-_RISEN = 0.1  # of the largest change of any weight: less is rounding, or what embeddings leave open
+_RISEN = 0.1  # of the largest change of any weight: less is rounding
 
 
 class Moments(NamedTuple):
@@ -219,16 +219,11 @@ def _gap(a: Moments, b: Moments) -> Array:
 def held_classes(task: Task, delta: Params) -> Array:
   """bool [C]: which classes a client holds, read off its model's change alone, as a server of tier s0 can.
 
-  A step of SGD moves row c of a linear head by eta sum_b (y_bc - p_bc) f_b, and f >= 0: the row of a class without
-  examples only falls (iDLG, Zhao et al. 2020 [M], says so of one example). An anchored head V moves by that times the
-  embeddings, which is undone as far as they tell classes apart. What the client holds little of, or had learned
-  already, may go unnoticed in one round, hardly in all.
+  A step of SGD moves row c of a free head by eta sum_b (y_bc - p_bc) f_b, and f >= 0: the row of a class without
+  examples only falls (iDLG, Zhao et al. 2020 [M], says so of one example). Not so where labels are smoothed over all
+  classes (`--augment=full` without a mask of the softmax), nor in heads made of embeddings, which move together. What
+  the client holds little of, or had learned already, may go unnoticed in one round, hardly in all.
   """
-  each = jnp.eye(training.feature_size(task))  # one feature after the other
-  if task.model.semantics is None:
-    rows = task.model.head(delta.head, each)  # [F, C]
-  else:
-    alike = task.embeddings @ task.embeddings.T + 1e-4 * jnp.eye(task.num_classes)
-    values, vectors = jnp.linalg.eigh(alike)  # inverted by hand: the ledger does not see into a solver
-    rows = task.model.semantics(delta.head, each) @ task.embeddings.T @ (vectors / values) @ vectors.T
+  assert task.model.semantics is None
+  rows = task.model.head(delta.head, jnp.eye(training.feature_size(task)))  # one feature after the other: [F, C]
   return jnp.max(rows, axis=0) > _RISEN * jnp.max(jnp.abs(rows))

@@ -10,7 +10,7 @@ method as if the others had been lost, with their weights: the paper's mean is u
 
 Distances are of `Upload.update`; what a method sends client by client beside it (`kept`) is not judged. The server must
 hold the updates of a cohort one by one; of uploads that are aggregated one by one there is nothing to choose, so the
-asynchronous clock is refused, as is a cohort of fewer than 2 f + 3.
+command line refuses the asynchronous clock, and a cohort of fewer than 2 f + 3.
 """
 
 from typing import Annotated, NamedTuple
