@@ -22,6 +22,7 @@ from apfl_jax.report import plots, run, tables
 from experiments import config, fronts, runs
 from experiments.config import Config
 from experiments.criteria import (
+  AP_FL,
   CLAIMS,
   NOT_MEASURED,
   Evidence,
@@ -250,7 +251,9 @@ def main(arguments: Sequence[str]) -> int:
   words = [f"--{name}={'DIR' if name in config.PATHS else value}" for name, value in given.items()]
   own = [f"--scale={scale}", f"--seeds={asked.seeds}", f"--claims={asked.claims}", "--output=DIR"]
   command = " ".join(["python -m experiments.claims", *map(shlex.quote, [*own, *words])])
-  print(write(root, judged(ids, evidence), evidence, runs.facts(outcome, command)))
+  usual = make(AP_FL, seeds[0], scale, given)
+  facts = {"federation": f"{runs.federation(usual)}, where a claim says nothing else"} | runs.facts(outcome, command)
+  print(write(root, judged(ids, evidence), evidence, facts))
   return 1 if outcome.failed else 0
 
 

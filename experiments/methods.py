@@ -185,16 +185,24 @@ def _write(
   of_pairs = [row for pair in pairs for row in pair]
   prior = any(summary["readout"] == "prior" for summary in outcome.summaries.values())
   title = "Methods on " + next(iter(outcome.summaries.values()))["dataset"]
+  apart = {summary["algorithm"] for summary in outcome.summaries.values() if not tables.one_model(summary)}
+  same = [method for method in values if method not in apart]
   sections = [
     html.Section("How it was made", "", facts),
     html.Section(
-      "Test accuracy and cost",
-      "Accuracies in percent, after the last round: mean ± standard deviation over seeds. Own: personal models on the "
-      "client's own test examples, mean over clients; pooled: on a test set with all classes. Rounds: seconds without "
-      "compiling and scoring; FLOP: by the ledger, of local training, of the server's own training and of making "
-      "personal models; up and down: what all clients sent and read in the run."
+      "Test accuracy",
+      "In percent, after the last round: mean ± standard deviation over seeds. Own: personal models on the client's "
+      "own test examples, mean over clients; pooled: on a test set with all classes."
+      + (f" The personal models of {', '.join(same)} are the global model." if same else "")
       + (f" {tables.PRIOR}" if prior else ""),
-      _grid(values),
+      _grid(values, shares=True),
+    ),
+    html.Section(
+      "Cost",
+      "Of a run: mean ± standard deviation over seeds. Rounds: seconds without compiling and scoring. FLOP: operations "
+      "of local training, of the server's own training and of making personal models, counted from the programs "
+      "(apfl_jax/metrics/ledger.py). Up and down: what all clients sent and read.",
+      _grid(values, shares=False),
     ),
   ]
   if of_pairs:
@@ -251,8 +259,10 @@ def _markdown(title: str, sections: Sequence[html.Section]) -> str:
   return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _grid(values: Values) -> tables.Grid:
-  known = {name: measure for name, measure in (MEASURES | _BEST).items() if name in next(iter(values.values()))}
+def _grid(values: Values, *, shares: bool) -> tables.Grid:
+  """The methods by group, with their measures that are shares or those that are not."""
+  measured = next(iter(values.values()))
+  known = {name: of for name, of in (MEASURES | _BEST).items() if name in measured and (of.unit == "%") == shares}
   units = {name: _unit(measure.unit, (of[name].values() for of in values.values())) for name, measure in known.items()}
   digits = {name: 2 if measure.unit == "s" else 1 for name, measure in known.items()}
   rows: list[list[str]] = []
@@ -306,6 +316,7 @@ def _facts(configs: Mapping[str, Config], outcome: runs.Outcome, command: str) -
   missing = [f"{name} ({why})" for name, why in outcome.failed.items()]
   missing += [f"{name} (of another process)" for name in outcome.elsewhere]
   facts = {
+    "federation": joined(map(runs.federation, configs.values())),
     "command": command,
     "settings": "" if command else " ".join(_changed(configs.values())) or "the defaults",
     "seeds": ", ".join(dict.fromkeys(str(config.seed) for config in configs.values())),

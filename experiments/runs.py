@@ -25,6 +25,7 @@ import jax
 
 from apfl_jax.errors import InputError
 from apfl_jax.files import replacing
+from apfl_jax.report import tables
 from experiments import job
 from experiments.config import Config
 
@@ -128,6 +129,26 @@ def facts(outcome: Outcome, command: str) -> dict[str, str]:
     "missing": "; ".join([*outcome.failed, *outcome.elsewhere]),
   }
   return {name: text for name, text in told.items() if text}
+
+
+def federation(config: Config) -> str:
+  """Who learns what together, in a line."""
+  shared = {"dirichlet": f", alpha {config.alpha:g}", "pathological": f", {config.classes_per_client} classes each"}
+  processes = [
+    name if name == "none" else f"{name} at rate {rate:g}" for name, rate in zip(*config.processes, strict=True)
+  ]
+  lost = config.monopolistic_classes
+  only = f"{lost} monopolistic class{'' if lost == 1 else 'es'} (only clients that drop hold them)"
+  return ", ".join(
+    [
+      config.dataset,
+      tables.counted(config.num_clients, "client"),
+      f"partition {config.partition}{shared.get(config.partition, '')}",
+      f"dropout {' and '.join(processes)}",
+      only if lost else "no monopolistic classes",
+      tables.counted(config.rounds, "round"),
+    ]
+  )
 
 
 def _forget(programs: job.Programs) -> None:

@@ -35,6 +35,11 @@ th { font-weight: 600 }
 thead th { color: var(--soft) }
 tr > :first-child { text-align: left; padding-left: 0; white-space: nowrap }
 .group { text-align: center }
+.wide { max-width: 68rem }
+.wide .scroll { font-size: .9rem }
+.wide .scroll th, .wide .scroll td { padding: .4rem .5rem }
+.wide .scroll td { white-space: nowrap }
+.wide .scroll tr > :first-child { position: sticky; left: 0; padding-left: 0; background: var(--page) }
 .run tbody td:nth-child(7), .run thead tr:last-child th:nth-child(7) { padding-left: 2.2rem }
 figure { margin: 0 }
 figcaption { margin: 0 0 .8rem }
@@ -50,8 +55,8 @@ summary { cursor: pointer }
 _CAPTIONS = {
   "curves": (
     "Accuracy over the rounds",
-    "Mean over clients, as training goes on; colour tells the clients, line style the model. On its own test examples "
-    "a personal model only has to tell apart the classes that its client holds, so that accuracy rises as the "
+    "Mean over clients, as training goes on; colour tells the clients, line and mark the model. On its own test "
+    "examples a personal model only has to tell apart the classes that its client holds, so that accuracy rises as the "
     "partition gets more skewed (smaller alpha): the local tasks get easier. Compare methods on the same partition. "
     "The pooled test set holds all classes, and shows what a model knows beyond its client.",
   ),
@@ -81,7 +86,9 @@ _CAPTIONS = {
     "What the generator draws",
     "Each row is a class. The server never saw a real image: it draws what the global model takes for that class. Of a "
     "class marked unseen not even the global model met an example; its images come from the meaning of the class "
-    "alone, so expect little of them. The images need not look real: they are to carry what the global model knows.",
+    "alone, so expect little of them. The images need not look real: they are to carry what the global model knows. "
+    "In brackets is how much of a class that is, the share of its pooled test images that the global model gets right: "
+    "where it is small, so is the worth of the images.",
   ),
   "trust": (
     "What the server trusts",
@@ -97,9 +104,10 @@ _CAPTIONS = {
   "surface": (
     "Where clients stand between their two models",
     "A personal model lies between a local model, trained on the client's own examples, and a friend, which also "
-    "learned from the server; one coefficient mixes their bases and another their heads. The shade is what a pair of "
-    "coefficients costs on validation examples, real and synthetic, beyond the best pair, mean over clients: the paler "
-    "the better. A dot is what a client chose, beside it where several chose the same.",
+    "learned from the server; one coefficient mixes their bases and another their heads. J is what clients choose by: "
+    "the loss of the mixed model on the client's validation examples, plus a share of its loss on synthetic ones. The "
+    "shade is by how much J is above that of the best pair, mean over clients: the paler the better. A dot is what a "
+    "client chose, a number counts clients that chose the same; dropped and present ones that did stand side by side.",
   ),
 }
 
@@ -157,7 +165,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
       continue
     parts += [f"<h2>{heading}</h2>", f"<p>{text}</p>" if text else ""]
     parts.append(_grid(content) if isinstance(content, tables.Grid) else _facts(content))
-  return _document(html.escape(title), parts)
+  return _document(html.escape(title), parts, "wide")
 
 
 def _grid(grid: tables.Grid) -> str:
@@ -181,16 +189,19 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
     *_notes(run),
     "<h2>Test accuracy</h2>",
     _results(run.summary),
+    _perspective(run.summary),
     "<p>In percent; means over clients. A dropped client never took part in training, whether it was away, not drawn, "
     "always cut off or not done in time, or left for good; a monopolist holds a class that only dropped clients hold; "
     "worst 10&nbsp;% is the mean over the tenth of the clients that is served worst. Own test examples have the "
-    "classes of the client's own data; the pooled test set has all classes.</p>",
+    "classes of the client's own data; the pooled test set has all classes, and the global model, the same for all "
+    "clients, has one accuracy on it.</p>",
     _unseen(run),
     _verification(run),
     _fairness(run),
     _judged(run),
-    *(_figure(*_caption(name, run.summary), image) for name, image in images.items()),
-    "<h2>Cost</h2>",
+    *(_figure(*_caption(name, run), image) for name, image in images.items()),
+    "<h2>Cost</h2><p>Operations (FLOP) are counted from the programs as JAX traces them, not measured. Times that are "
+    "called compiled leave compiling out.</p>",
     _facts(_costs(run)),
     "<h2>Repeat this run</h2>",
     _repeat(run),
@@ -198,10 +209,12 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
   return _document(title, parts)
 
 
-def _caption(name: str, summary: Mapping[str, Any]) -> tuple[str, str]:
+def _caption(name: str, run: runs.Run) -> tuple[str, str]:
   """Heading and text of a picture."""
   heading, text = _CAPTIONS[name]
-  if name == "presence" and summary.get("time"):
+  if name == "surface":
+    text += _chosen(run.clients)
+  if name == "presence" and run.summary.get("time"):
     text = (
       "One line a client, one column a round. A visit is drawn in the round in which its upload was due; where that "
       "was lost, the server learned nothing from it. Without colour nothing was due: the client was away, was not "
@@ -210,13 +223,30 @@ def _caption(name: str, summary: Mapping[str, Any]) -> tuple[str, str]:
   return heading, text
 
 
-def _document(title: str, parts: Sequence[str]) -> str:
-  """A whole page of what is HTML already; empty parts are left out."""
+def _chosen(clients: runs.Clients) -> str:
+  """How many clients chose which of their two models; empty where none is known to have chosen."""
+  base, head = clients.lambda_base, clients.lambda_head
+  known = np.isfinite(base) & np.isfinite(head)
+  started = known & (clients.guard == runs.STARTED)
+  friend, local = (known & ~started & (base == end) & (head == end) for end in (0, 1))
+  if not known.any():
+    return ""
+  told = {
+    "chose the friend alone (0, 0)": friend,
+    "the local model alone (1, 1)": local,
+    "something between": known & ~(friend | local | started),
+    "neither, but the model both came from (not drawn)": started,
+  }
+  counts = [f"{some.sum():,} {what}" for what, some in told.items() if some is not started or some.any()]
+  return f" <strong>Of {tables.counted(int(known.sum()), 'client')}, {', '.join(counts)}.</strong>"
+
+
+def _document(title: str, parts: Sequence[str], kind: str = "") -> str:
+  """A whole page of what is HTML already, its body of a class of `_STYLE`; empty parts are left out."""
   return (
     f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-    f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n<body>\n'
-    + "\n".join(filter(None, parts))
-    + "\n</body>\n</html>\n"
+    f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n'
+    f'<body class="{kind}">\n' + "\n".join(filter(None, parts)) + "\n</body>\n</html>\n"
   )
 
 
@@ -251,6 +281,11 @@ def _notes(run: runs.Run) -> list[str]:
     )
   if summary.get("readout") == "prior":
     notes.append(f'<p class="note">{html.escape(tables.PRIOR)}</p>')
+  if tables.one_model(summary):
+    notes.append(
+      f'<p class="note">{html.escape(summary["algorithm"])} makes no personal models: all clients answer with the '
+      "global model, so the rows of personal models repeat its numbers.</p>"
+    )
   if hills := int((run.clients.barrier > _HIGH_BARRIER).sum()):
     notes.append(
       f'<p class="note"><strong>{tables.counted(hills, "client")}</strong> lost more than {_HIGH_BARRIER} of '
@@ -269,15 +304,30 @@ def _notes(run: runs.Run) -> list[str]:
 def _results(summary: dict[str, Any]) -> str:
   groups = "".join(f'<th class="group" colspan="{size}">{name}</th>' for name, size in tables.GROUPS)
   columns = "".join(f"<th>{column}</th>" for column in tables.COLUMNS)
-  body = "".join(
-    f"<tr><td>{html.escape(row.name)}</td>"
-    + "".join(f"<td>{tables.percent(value, missing='–')}</td>" for value in row.values)
-    + "</tr>"
-    for row in tables.rows(summary)
+  shared, personal = tables.rows(summary)
+  cell = lambda value: f"<td>{tables.percent(value, missing='–')}</td>"
+  # The last two of the global model are one number: it is everybody's.
+  both = f'<td class="group" colspan="2">{tables.percent(shared.values[-2], missing="–")}</td>'
+  body = (
+    f"<tr><td>{html.escape(shared.name)}</td>{''.join(map(cell, shared.values[:-2]))}{both}</tr>"
+    f"<tr><td>{html.escape(personal.name)}</td>{''.join(map(cell, personal.values))}</tr>"
   )
   return (
     f'<div class="scroll"><table class="run"><thead><tr><th></th>{groups}</tr><tr><th></th>{columns}</tr></thead>'
     f"<tbody>{body}</tbody></table></div>"
+  )
+
+
+def _perspective(summary: dict[str, Any]) -> str:
+  """What personal models are to be compared with; empty for what is compared with and where there are none."""
+  plain = ("fedavg_ft", "local")
+  if summary["algorithm"] in plain or tables.one_model(summary):
+    return ""
+  first, second = (f"<code>--algorithm={name}</code>" for name in plain)
+  return (
+    "<p>On own test examples nearly any personal model beats the global one, for it only has to tell apart its "
+    "client's classes: fine-tuning the global model and training alone often come as high. Compare with "
+    f"{first} and {second} on the same seed.</p>"
   )
 
 
@@ -318,25 +368,34 @@ def _fairness(run: runs.Run) -> str:
   summary = run.summary
   number = lambda value: "–" if value is None else f"{value:.3f}"
   gap = lambda value: "–" if value is None else f"{100 * value:+.1f}"
-  rows = []
+  clients, classes = [], []
   for name, key, recall in (
     ("global model", "global_accuracy", "global_model"),
     ("personal models", "personal_accuracy", "personal"),
   ):
     own, spread = summary.get(key) or {}, (summary.get("recall") or {}).get(recall) or {}
     cells = [tables.percent(own.get("std"), "–"), number(own.get("gini")), number(own.get("jain"))]
-    cells += [gap(own.get(key)) for key in ("dropped_gap", "monopolist_gap")]
-    cells += [tables.percent(spread.get(key), "–") for key in ("mean", "std", "least")]
-    if any(cell != "–" for cell in cells[1:]):
-      rows.append([name, *cells])
-  if not rows:
-    return ""
-  header = ["", "std", "Gini", "Jain", "dropped - present", "monopolists - others", "recall", "its std", "least"]
-  return (
-    "<h2>How evenly</h2><p>Over clients, on own test examples: standard deviation (points), Gini's coefficient (0 is "
-    "even), Jain's index (1 is even) and differences of groups (points). Over classes, on the pooled test set: mean "
-    f"recall, its deviation and the class that is served worst.</p>{_grid(tables.Grid(header, rows))}"
-  )
+    clients.append([name, *cells, *(gap(own.get(key)) for key in ("dropped_gap", "monopolist_gap"))])
+    classes.append([name, *(tables.percent(spread.get(key), "–") for key in ("mean", "std", "least"))])
+  parts = [
+    (
+      "Between clients, by their accuracy on own test examples. Standard deviation and differences of groups are in "
+      "points; Gini's coefficient is 0 and Jain's index 1 where all clients are served alike.",
+      ["", "standard deviation", "Gini", "Jain", "dropped - present", "monopolists - others"],
+      clients,
+    ),
+    (
+      "Between classes, by recall: the share of a class's pooled test images that is recognised, in percent.",
+      ["", "mean over classes", "standard deviation", "worst class"],
+      classes,
+    ),
+  ]
+  told = [
+    f"<p>{text}</p>{_grid(tables.Grid(header, known))}"
+    for text, header, rows in parts
+    if (known := [row for row in rows if any(cell != "–" for cell in row[1:])])
+  ]
+  return "".join(["<h2>How evenly</h2>", *told]) if told else ""
 
 
 def _judged(run: runs.Run) -> str:
@@ -411,20 +470,30 @@ def _costs(run: runs.Run) -> dict[str, str]:
     "personalising and scoring at the end, compiled": total(scored),
     "peak memory": _amount(summary.get("peak_memory_bytes"), "B"),
     "local training": _amount(cost.get("local_flops"), "FLOP"),
-    "generator": _amount(cost.get("generator_flops"), "FLOP"),
-    "its share of these and personalisation": tables.percent(cost.get("generator_share"), "")
-    and (tables.percent(cost.get("generator_share")) + " %"),
     "server": _amount(cost.get("server_flops"), "FLOP"),
-    "personalisation": _amount(cost.get("personalize_flops"), "FLOP"),
+    "generator": _amount(cost.get("generator_flops"), "FLOP"),
+    "making personal models": _amount(cost.get("personalize_flops"), "FLOP"),
     "evaluation": _amount(cost.get("evaluation_flops"), "FLOP"),
+    "generator's share of all but evaluation": tables.percent(cost.get("generator_share"), "")
+    and (tables.percent(cost.get("generator_share")) + " %"),
     "sent by clients": _amount(cost.get("bytes_up"), "B"),
     "sent to clients": _amount(cost.get("bytes_down"), "B"),
-    "a return, in rounds of traffic": f"{cost['break_even_rounds']:.2f}" if cost.get("break_even_rounds") else "",
-    "device": str(summary.get("device") or ""),
+    "read by a client to make its personal model": f"as much as it sends and reads in {cost['break_even_rounds']:.2f} "
+    "rounds; a client that stays away from more rounds than that moves fewer bytes in all"
+    if cost.get("break_even_rounds")
+    else "",
+    "device": _device(str(summary.get("device") or "")),
     "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     "commit": str(summary.get("commit") or ""),
   }
   return {name: value for name, value in facts.items() if value}
+
+
+def _device(told: str) -> str:
+  """A run's device, with the way it computed clients in plain words."""
+  ways = {", sequential": ", clients computed one after another", ", vmap": ", many clients computed at once"}
+  found = next((way for way in ways if told.endswith(way)), "")
+  return told.removesuffix(found) + ways.get(found, "")
 
 
 def _virtual(clock: Mapping[str, Any]) -> str:

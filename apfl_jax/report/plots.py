@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from apfl_jax import metrics
 from apfl_jax.algorithms import GROUPS
 from apfl_jax.errors import InputError
-from apfl_jax.report.run import Run
+from apfl_jax.report.run import STARTED, Run
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -39,6 +40,7 @@ _STYLE: dict[Any, Any] = {
   "hatch.linewidth": 1.5,
   "text.parse_math": False,  # a class may be called "$"
 }
+_FAR = (7, 12, 20, 30, 45, 60, 80, 110, 150)  # of a name from its point, in typographic points
 _MANY = 100  # clients in a figure, at most
 _LABELLED = 40  # rows or columns that each get a label, at most
 
@@ -81,7 +83,7 @@ class Point(NamedTuple):
 
 
 def compare(points: Sequence[Point], xlabel: str, ylabel: str) -> bytes:
-  """A PNG with a point for each method at its means, bars of one standard deviation, named along the right margin.
+  """A PNG with a point for each method at its means, bars of one standard deviation, its name beside it.
 
   Raises:
     InputError: matplotlib is not installed.
@@ -92,53 +94,68 @@ def compare(points: Sequence[Point], xlabel: str, ylabel: str) -> bytes:
     axes = figure.subplots()
     groups = dict.fromkeys([*GROUPS, *(point.group for point in points)])  # so that a group looks the same everywhere
     looks = {group: (_COLORS[i % len(_COLORS)], "osD^vP"[i % 6]) for i, group in enumerate(groups)}
+    means = 100 * np.array([[np.mean(point.x), np.mean(point.y)] for point in points])
+    deviations = 100 * np.array(
+      [[np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in (point.x, point.y)] for point in points]
+    )
     labelled = set()
-    for point in points:
+    for point, (x, y), (dx, dy) in zip(points, means, deviations, strict=True):
       color, marker = looks[point.group]
-      x, y = (100 * np.asarray(values, float) for values in (point.x, point.y))
-      bars: dict[str, Any] = (
-        {} if x.size < 2 else {"xerr": x.std(ddof=1), "yerr": y.std(ddof=1), "elinewidth": 0.8, "alpha": 0.85}
-      )
+      bars: dict[str, Any] = {"xerr": dx, "yerr": dy, "elinewidth": 0.8, "alpha": 0.85} if len(point.x) > 1 else {}
       label = point.group if point.group not in labelled else None
       labelled.add(point.group)
-      axes.errorbar(x.mean(), y.mean(), fmt=marker, color=color, ms=6, mec="white", label=label, **bars)
+      axes.errorbar(x, y, fmt=marker, color=color, ms=6, mec="white", label=label, **bars)
+    axes.margins(0.08)  # room for names
     axes.set(xlabel=f"{xlabel} (%)", ylabel=f"{ylabel} (%)")
     axes.grid()
-    # Beside points, names would cover one another where methods are close: they stand in the margin, in points' order
-    # and, as far as there is room, at their height.
-    order = sorted(points, key=lambda point: (np.mean(point.y), np.mean(point.x)))
-    low, high = axes.get_ylim()
-    heights = [(100 * np.mean(point.y) - low) / (high - low) for point in order]
-    for place, point in zip(_spread_out(np.asarray(heights), min(0.05, 1 / len(order))), order, strict=True):
-      color = looks[point.group][0]
-      axes.annotate(
-        point.name,
-        xy=(100 * float(np.mean(point.x)), 100 * float(np.mean(point.y))),
-        xytext=(1.06, place),
-        textcoords="axes fraction",
-        va="center",
-        fontsize=8,
-        color=color,
-        arrowprops={
-          "arrowstyle": "-",
-          "color": color,
-          "lw": 0.5,
-          "alpha": 0.5,
-          "shrinkA": 2,
-          "shrinkB": 3,
-          "relpos": (0, 0.5),
-        },
-        annotation_clip=False,
-      )
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=6, fontsize=9)
+    _name_points(axes, [point.name for point in points], [looks[point.group][0] for point in points], means, deviations)
     return _png(figure)
 
 
-def _spread_out(places: np.ndarray, gap: float) -> np.ndarray:
-  """Ascending places in [0, 1], moved so far that each is a gap above the one before it; at most 1 / gap of them."""
-  steps = gap * np.arange(len(places))
-  raised = np.maximum.accumulate(places - steps) + steps
-  return np.minimum(raised, 1 - steps[::-1])
+def _name_points(
+  axes: Axes, names: Sequence[str], colors: Sequence[str], means: np.ndarray, deviations: np.ndarray
+) -> None:
+  """Names beside points, which lie at means [P, 2] and have bars of deviations [P, 2] to both sides.
+
+  One name after another takes the place around its point that is near and covers little; a line leads to those that
+  are not right beside it.
+  """
+  figure = axes.get_figure(root=True)
+  assert figure is not None
+  figure.draw_without_rendering()  # where points are is known once things are laid out
+  pixels = figure.dpi / 72  # lengths below are in typographic points, boxes are [left, bottom, right, top]
+  at, low, high = (axes.transData.transform(data) / pixels for data in (means, means - deviations, means + deviations))
+  frame = np.array(axes.get_window_extent().extents) / pixels
+  markers = np.concatenate([at - 4, at + 4], axis=1)
+  across = np.stack([low[:, 0], at[:, 1] - 1, high[:, 0], at[:, 1] + 1], axis=1)
+  upright = np.stack([at[:, 0] - 1, low[:, 1], at[:, 0] + 1, high[:, 1]], axis=1)
+  placed = np.empty((0, 4))
+  far, turn = (grid.reshape(-1, 1) for grid in np.meshgrid(_FAR, np.pi / 12 * np.arange(24)))
+  way = np.concatenate([np.cos(turn), np.sin(turn)], axis=1)
+  for name, color, mean, point in zip(names, colors, means, at, strict=True):
+    look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
+    label = axes.annotate(name, mean, (0, 0), textcoords="offset points", **look)
+    half = np.array(label.get_window_extent().size) / pixels / 2 + 1
+    offset = way * (far + half)
+    boxes = np.concatenate([point + offset - half, point + offset + half], axis=1)
+    line = point + np.linspace(0, 1, 12)[:, None, None] * offset
+    crossed = sum(_overlaps(np.tile(part, 2), placed) for part in line)
+    outside = ((boxes[:, :2] < frame[:2]) | (boxes[:, 2:] > frame[2:])).any(1)
+    covered = _overlaps(boxes, np.concatenate([markers, placed]))
+    barred = _overlaps(boxes, np.concatenate([across, upright]))
+    best = int(np.argmin(far[:, 0] + 1000 * outside + 300 * covered + 40 * (crossed > 0) + 12 * barred))
+    label.set_position(tuple(offset[best]))
+    placed = np.concatenate([placed, boxes[[best]]])
+    if far[best, 0] > _FAR[0]:
+      arrow = {"arrowstyle": "-", "color": "#999999", "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+      axes.annotate("", mean, tuple(way[best] * far[best]), textcoords="offset points", arrowprops=arrow)
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+  """How many of the others [O, 4] each box overlaps, [B, 4] -> [B]."""
+  a, b = boxes[:, None], others[None]
+  return ((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])).all(-1).sum(1)
 
 
 class Front(NamedTuple):
@@ -292,25 +309,24 @@ def _curves(figure: Figure, run: Run) -> bool:
   """Accuracy over rounds: on clients' own test examples by group, and on the pooled test set."""
   rounds = np.array([line["round"] for line in run.metrics])
 
-  def plot(axes: Axes, key: str, color: str, style: str, label: str) -> bool:
+  def plot(axes: Axes, key: str, color: str, style: str, label: str, size: float = 7) -> bool:
     values = 100 * np.array([np.nan if line.get(key) is None else line[key] for line in run.metrics], float)
     known = ~np.isnan(values)
     if known.any():
       # Personal models are often scored once, at the end: a lone point must tell itself from the global model's.
-      look: dict[str, Any] = (
-        {"marker": "D", "ms": 6, "mec": "white"} if style == "-" else {"marker": "o", "ms": 5, "mfc": "white"}
-      )
-      if known.sum() > 25:
-        look = {}
-      axes.plot(rounds[known], values[known], style, color=color, lw=1.8, label=label, clip_on=False, **look)
+      marker, grown = ("D", size) if style == "-" else ("o", 0.7 * size)
+      look: dict[str, Any] = {"marker": marker, "ms": grown, "mfc": "none", "mew": 1.5} if known.sum() <= 25 else {}
+      line = style if known.sum() > 1 else ""
+      axes.plot(rounds[known], values[known], ls=line, color=color, lw=1.8, label=label, clip_on=False, **look)
     return bool(known.any())
 
   own, pooled = figure.subplots(1, 2, sharex=True, sharey=True, width_ratios=[3, 2])
-  groups = (("", ALL, "all clients"), ("_dropped", DROPPED, "dropped"), ("_present", PRESENT, "present"))
+  # Hollow, each inside the one before it: where groups score alike all can be seen.
+  groups = (("", ALL, "all clients", 12), ("_dropped", DROPPED, "dropped", 8.5), ("_present", PRESENT, "present", 5))
   found = [
-    plot(own, f"{model}_accuracy{group}", color, style, f"{model}, {name}")
+    plot(own, f"{model}_accuracy{group}", color, style, f"{model}, {name}", size)
     for model, style in (("personal", "-"), ("global", ":"))
-    for group, color, name in groups
+    for group, color, name, size in groups
   ]
   found += [
     plot(pooled, key, ALL, style, label)
@@ -326,7 +342,7 @@ def _curves(figure: Figure, run: Run) -> bool:
     axes.locator_params(axis="x", integer=True, nbins=6)
     axes.grid(axis="y")
     if axes.lines:
-      axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
+      axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9, labelspacing=0.9)
     else:
       axes.text(0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center", color="#777777")
   return True
@@ -477,10 +493,14 @@ def _samples(figure: Figure, run: Run) -> bool:
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
   pitch = block.shape[2] + _gap(block)
-  grid[0].set_yticks(
-    block.shape[2] / 2 + pitch * np.arange(len(chosen)),
-    [run.class_names[c] if seen[c] else f"{run.class_names[c]}\nunseen" for c in chosen],
-  )
+  counts = run.arrays.get("pooled_confusion")
+  recall = np.full(len(samples), np.nan) if counts is None else metrics.recall(counts)
+
+  def name_of(c: int) -> str:
+    known = "" if np.isnan(recall[c]) else f" ({100 * recall[c]:.0f} %)"
+    return run.class_names[c] + (known if seen[c] else "\nunseen")
+
+  grid[0].set_yticks(block.shape[2] / 2 + pitch * np.arange(len(chosen)), [name_of(c) for c in chosen])
   grid[0].tick_params(length=0)
   for label, c in zip(grid[0].get_yticklabels(), chosen, strict=True):
     label.set(color="black" if seen[c] else DROPPED, weight="normal" if seen[c] else "bold", fontsize=9)
@@ -556,19 +576,28 @@ def _surface(figure: Figure, run: Run) -> bool:
     vmax=max(float(np.quantile(cost, 0.9)), 1e-6),  # a corner far off would hide all else
     aspect="auto",
   )
-  figure.colorbar(image, ax=axes, pad=0.02, label="J above its least, mean over clients", extend="max")
+  figure.colorbar(image, ax=axes, pad=0.02, label="J beyond the best pair's, mean over clients", extend="max")
   clients = run.clients
-  known = np.flatnonzero(np.isfinite(clients.lambda_base) & np.isfinite(clients.lambda_head))
-  # Clients on the same point of the grid would hide each other: each stands a little beside it, on a spiral.
-  turn, radius = 2.4 * np.arange(known.size), 0.9 * side * np.sqrt((np.arange(known.size) + 0.5) / max(known.size, 1))
-  x = clients.lambda_base[known] + radius * np.cos(turn)
-  y = clients.lambda_head[known] + radius * np.sin(turn)
+  pairs = np.stack([clients.lambda_base, clients.lambda_head], axis=-1)
+  known = np.isfinite(pairs).all(axis=1) & (clients.guard != STARTED)
+  taken: set[tuple[float, ...]] = set()
   for gone, color, label in ((True, DROPPED, "dropped"), (False, PRESENT, "present")):
-    group = clients.dropped[known] == gone
-    if group.any():
-      axes.plot(x[group], y[group], "o", color=color, mec="white", ms=6 if known.size <= _MANY else 3, label=label)
+    for pair, count in zip(
+      *np.unique(pairs[known & (clients.dropped == gone)], axis=0, return_counts=True), strict=True
+    ):
+      x, y = pair
+      if tuple(pair) in taken:  # both groups chose it: they stand beside each other, the second nearer to the middle
+        x += 0.07 if x < 0.5 else -0.07
+      taken.add(tuple(pair))
+      if count == 1:
+        axes.plot(x, y, "o", color=color, mec="white", ms=7)
+      else:
+        box = {"boxstyle": "circle,pad=0.3", "facecolor": color, "edgecolor": "white"}
+        axes.text(x, y, f"{count:,}", color="white", ha="center", va="center", fontsize=8, weight="bold", bbox=box)
+    if (known & (clients.dropped == gone)).any():
+      axes.plot([], [], "o", color=color, mec="white", ms=7, label=label)
   axes.set(xlabel="coefficient of the base: 0 friend, 1 local", ylabel="coefficient of the head: 0 friend, 1 local")
-  if known.size:
+  if known.any():
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
   return True
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from apfl_jax.errors import InputError
 
+STARTED = 3  # see `Choice.guard` of apfl_jax/algorithms/ap_fl/interpolation.py
 _NEEDED = ("algorithm", "dataset", "num_clients", "rounds", "seed")
 
 
@@ -25,6 +26,7 @@ class Clients(NamedTuple):
     lambda_base: float, the coefficient of its local model's base where a method mixes two models; nan where not known.
     lambda_head: float, of its head; likewise.
     barrier: float, its loss half-way between the two, less the mean of theirs; likewise.
+    guard: float, `STARTED` if it mixes neither, but answers with the model that both came from; likewise.
   """
 
   id: np.ndarray
@@ -36,6 +38,7 @@ class Clients(NamedTuple):
   lambda_base: np.ndarray
   lambda_head: np.ndarray
   barrier: np.ndarray
+  guard: np.ndarray
 
 
 class Run(NamedTuple):
@@ -123,6 +126,7 @@ def _clients(path: pathlib.Path, monopolistic: set[int]) -> Clients:
       lambda_base=of_some("lambda_base"),
       lambda_head=of_some("lambda_head"),
       barrier=of_some("barrier"),
+      guard=of_some("guard"),
     )
   except KeyError as error:
     raise InputError(f"{path}: no column {error}; there are {', '.join(rows[0])}") from error

@@ -47,6 +47,14 @@ def rows(summary: dict[str, Any]) -> list[Row]:
   ]
 
 
+def one_model(summary: dict[str, Any]) -> bool:
+  """Whether the personal models of a run are the global model: made by no computation, with the same accuracies."""
+  if (summary.get("cost") or {}).get("personalize_flops") != 0:
+    return False
+  shared, personal = ([percent(value) for value in row.values] for row in rows(summary))
+  return shared == personal and shared[0] != percent(None)
+
+
 class Grid(NamedTuple):
   """A table of text.
 

@@ -87,14 +87,25 @@ def test_the_numbers_are_those_of_the_runs(compared):
 def test_the_table_says_what_was_found_and_how(compared):
   root, _, _ = compared
   text, results = (root / "table.md").read_text(), json.loads((root / "results.json").read_text())
-  lines = [line for line in text.splitlines() if line.startswith("| ")]
-  cells = {row[1]: row for row in ([cell.strip() for cell in line.split("|")] for line in lines)}
+
+  def grid(heading):
+    part = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in part.splitlines() if line.startswith("| ")]
+    return {row[1]: row for row in rows}
+
+  cells, costs = grid("Test accuracy"), grid("Cost")
   assert list(cells)[:5] == ["method", "**global**", "fedavg", "**bounds**", "local"]
+  at = next(place for place, name in enumerate(costs["method"]) if name.startswith("down"))
+  assert float(costs["fedavg"][at].split()[0]) > 0 and not any(name.startswith("down") for name in cells["method"])
   number = results["methods"]["fedavg"]["own: all"]
   at = cells["method"].index("own: all")
   assert cells["fedavg"][at] == f"{100 * number['mean']:.1f} ± {100 * number['std']:.1f}"
   assert cells["local"][cells["method"].index("own: global model")] == "–"
-  assert "best test round" in cells["method"] and "local - fedavg" in cells
+  assert "best test round" in cells["method"] and "best test round" not in costs["method"]
+  assert "local - fedavg" in grid("Pairs")
+  assert "The personal models of fedavg are the global model." in text
+  federation = "fast, 4 clients, partition iid, dropout cold at rate 0.5, no monopolistic classes, 2 rounds"
+  assert f"federation: {federation}\n" in text
   for wanted in ("--dataset=fast", "--data_dir=DIR", "seeds: 0, 1", "numpy ", "in 4 of 4 runs"):
     assert wanted in text
   assert "/somewhere" not in text and "--seed=" not in text
@@ -115,6 +126,15 @@ def test_the_same_again_computes_nothing_and_tells_what_is_missing(compared, mon
   assert list(outcome.summaries) == list(configs) and list(outcome.failed) == ["fedper-0"]
   text = (root / "table.md").read_text()
   assert "missing: fedper-0 (no more of this)" in text and "in 4 of 5 runs" in text and "Pairs" not in text
+
+
+def test_the_federation_is_told_in_a_line():
+  told = runs.federation(Config(dropout="cold,markov", drop_rate="0.5,0.25", monopolistic_classes=1))
+  assert told == (
+    "digits, 10 clients, partition dirichlet, alpha 0.1, dropout cold at rate 0.5 and markov at rate 0.25,"
+    " 1 monopolistic class (only clients that drop hold them), 40 rounds"
+  )
+  assert "dropout none, " in runs.federation(Config(dropout="none"))
 
 
 def test_budgets_are_equal_and_seeds_share_a_federation():

@@ -85,7 +85,9 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
     for i in range(clients):
       held = " ".join(map(str, np.flatnonzero(histogram[i])))
       scores = (personal[i], shared[i], 0.5, 0.9) if evaluated else ("", "", "", "")
-      chosen = (round(0.2 * (i % 6), 1), 0.6, 0, 0.25 if i == 1 else 0.01) if generator else ()
+      # One has the friend alone, two the local model alone, one the model both came from; some of the rest are equal.
+      base, head = {1: (0.0, 0.0), 2: (1.0, 1.0), 4: (1.0, 1.0)}.get(i, (round(0.2 * (i % 6), 1), 0.6))
+      chosen = (base, head, 3 if i == 3 else 0, 0.25 if i == 1 else 0.01) if generator else ()
       writer.writerow([i, int(dropped[i]), 0 if dropped[i] else rounds, histogram[i].sum(), held, *scores, *chosen])
   summary = {
     "algorithm": algorithm,
@@ -130,7 +132,7 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
     "seconds": 192.4,
     "compile_seconds": 7.25,
     "peak_memory_bytes": 812_000_000,
-    "device": "cpu",
+    "device": "2 x cpu, sequential",
     "versions": {"python": "3.11.2", "jax": "0.10.2"},
     "commit": "0123abc",
   }

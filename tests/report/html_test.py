@@ -50,6 +50,12 @@ def change(path, **values):
   file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+def only_summary(path):
+  for file in path.iterdir():
+    if file.name != "summary.json":
+      file.unlink()
+
+
 def test_a_page_of_figures_read_out_with_the_prior_says_so(unevaluated):
   assert "label prior" not in Page(report.write(unevaluated)).text
   change(unevaluated, readout="prior", softmax_mask="own")
@@ -93,14 +99,19 @@ def test_page_says_what_the_run_says(ap_fl):
     f"python -m experiments.train --flagfile={ap_fl}/flags.txt",
     "--alpha=0.15",
     "Deng et al.",
-    "personal models 8.0 0.050 0.987 +3.0 – 50.0 11.0 22.2",
-    "global model 8.0 0.050 0.987 -47.8 – – – –",
+    "global model 58.0 35.2 83.0 35.2 38.0 60.0 personal models",
+    "personal models 8.0 0.050 0.987 +3.0 –",
+    "global model 8.0 0.050 0.987 -47.8 –",
+    "worst class personal models 50.0 11.0 22.2",
+    "Compare with --algorithm=fedavg_ft and --algorithm=local on the same seed",
+    "Of 20 clients, 1 chose the friend alone (0, 0), 2 the local model alone (1, 1), 16 something between, 1 neither",
     "judge agrees, recognised classes 87.6 %",
     "fresh networks taught by samples alone, on real test images 74.3 %",
     "$nine$ (not recognised)",
     "nearer to training than to test images 51.2 %",
-    "its share of these and personalisation 81.6 %",
-    "a return, in rounds of traffic 0.64",
+    "generator's share of all but evaluation 81.6 %",
+    "as much as it sends and reads in 0.64 rounds",
+    "device 2 x cpu, clients computed one after another",
     "setting up, compiled 1 s",
     "personalising and scoring at the end, compiled 88 s",
     "was still at work or was cut off",
@@ -108,7 +119,30 @@ def test_page_says_what_the_run_says(ap_fl):
     "visits begun 1,340: 133 arrived, 1,207 cut off",
   ):
     assert words in text
-  assert "did not finish" not in text
+  assert "did not finish" not in text and "makes no personal models" not in text
+
+
+def test_where_the_global_model_is_everybodys_the_page_says_so(fedavg):
+  only_summary(fedavg)
+  summary = json.loads((fedavg / "summary.json").read_text())
+
+  def said():
+    text = Page(report.write(fedavg)).text
+    return "makes no personal models" in text, "Compare with --algorithm=fedavg_ft" in text
+
+  assert said() == (False, True)
+  pooled = {"global_model": 0.6, "personal_mean": 0.6, "personal_dropped": 0.6}
+  change(fedavg, personal_accuracy=summary["global_accuracy"], pooled_accuracy=pooled)
+  assert said() == (False, True)  # equal by chance: they took computation
+  change(fedavg, cost=summary["cost"] | {"personalize_flops": 0.0})
+  assert said() == (True, False)
+
+
+@pytest.mark.parametrize("algorithm", ["local", "fedavg_ft"])
+def test_what_others_are_compared_with_is_not_told_to_compare(algorithm, fedavg):
+  only_summary(fedavg)
+  change(fedavg, algorithm=algorithm)
+  assert "Compare with" not in Page(report.write(fedavg)).text
 
 
 def test_a_barrier_between_the_two_models_is_warned_of(ap_fl, fedavg):
@@ -140,9 +174,7 @@ def test_a_run_with_nothing_evaluated_has_a_page(unevaluated):
 
 
 def test_summary_alone_makes_a_page(ap_fl):
-  for file in ap_fl.iterdir():
-    if file.name != "summary.json":
-      file.unlink()
+  only_summary(ap_fl)
   assert "personal models (ap_fl) 92.0" in Page(report.write(ap_fl)).text
 
 

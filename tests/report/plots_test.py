@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 import numpy as np
 import pytest
@@ -136,6 +137,23 @@ def test_curves_join_the_rounds_that_were_evaluated(ap_fl):
     np.testing.assert_allclose(lines[label].get_xydata(), want)
 
 
+def test_groups_that_score_alike_once_at_the_end_are_all_seen_and_have_no_line(ap_fl):
+  file = ap_fl / "metrics.jsonl"
+  lines = [json.loads(line) for line in file.read_text().splitlines()]
+  for line in lines:
+    for key in [key for key in line if key.startswith("personal_")]:
+      line[key] = 0.9 if line is lines[-1] else None
+  file.write_text("\n".join(map(json.dumps, lines)))
+  axes = draw("curves", ap_fl).axes[0]
+  personal = [line for line in axes.lines if line.get_label().startswith("personal")]
+  assert [line.get_xydata().tolist() for line in personal] == [[[40, 90]]] * 3
+  sizes = [line.get_markersize() for line in personal]
+  assert sizes == sorted(set(sizes), reverse=True) and {line.get_markerfacecolor() for line in personal} == {"none"}
+  drawn = {line.get_label(): line.get_linestyle() for line in axes.get_legend().get_lines()}
+  assert {style for label, style in drawn.items() if label.startswith("personal")} == {"None"}
+  assert {style for label, style in drawn.items() if label.startswith("global")} == {":"}
+
+
 def test_partition_shows_the_histogram_and_marks_monopolistic_classes(ap_fl):
   axes = draw("partition", ap_fl).axes[0]
   histogram = np.load(ap_fl / "arrays.npz")["histogram"]
@@ -170,7 +188,11 @@ def test_samples_stand_in_their_class_row_beside_real_ones(ap_fl, channels):
       image = mosaic[c * 13 : c * 13 + 12, i * 17 : i * 17 + 16]
       np.testing.assert_array_equal(image, np.broadcast_to(arrays[name][c, i], image.shape))
   labels = [label.get_text() for label in axes[0].get_yticklabels()]
-  assert labels[7] == "seven" and labels[9] == "$nine$\nunseen"
+  counts = arrays["pooled_confusion"]
+  assert labels[7] == f"seven ({100 * counts[7, 7] / counts[7].sum():.0f} %)" and labels[9] == "$nine$\nunseen"
+  del arrays["pooled_confusion"]
+  np.savez(ap_fl / "arrays.npz", **arrays)
+  assert draw("samples", ap_fl).axes[0].get_yticklabels()[7].get_text() == "seven"
 
 
 def test_confusion_rows_are_percent_of_the_true_class(ap_fl):
@@ -181,22 +203,57 @@ def test_confusion_rows_are_percent_of_the_true_class(ap_fl):
   assert axes.get_ylabel() == "true class" and axes.get_xlabel() == "predicted class"
 
 
-def test_the_surface_is_palest_at_its_least_and_has_a_dot_a_client_near_its_choice(ap_fl):
+def test_the_surface_is_palest_at_its_least_and_counts_what_clients_chose(ap_fl):
   axes = draw("surface", ap_fl).axes[0]
   shown = axes.images[0].get_array()
   assert axes.images[0].origin == "lower" and axes.get_xlabel().startswith("coefficient of the base")
   assert np.unravel_index(shown.argmin(), shown.shape) == (4, 2)  # head .8 upwards, base .4 to the right
-  rows = client_rows(ap_fl)
-  for line in axes.lines:
-    gone = line.get_label() == "dropped"
-    want = [(float(r["lambda_base"]), float(r["lambda_head"])) for r in rows if (r["dropped"] == "1") == gone]
-    np.testing.assert_allclose(line.get_xydata(), want, atol=0.1)
-  assert sum(len(line.get_xydata()) for line in axes.lines) == len(rows)
+  want, shared = {}, set()
+  for row in client_rows(ap_fl):
+    if row["guard"] != "3":
+      pair = float(row["lambda_base"]), float(row["lambda_head"])
+      want[pair, row["dropped"] == "1"] = want.get((pair, row["dropped"] == "1"), 0) + 1
+  shared = {pair for pair, gone in want if gone and (pair, False) in want}
+  assert shared and max(want.values()) > 1 and 1 in want.values()
+  numbers = [(text.get_position(), int(text.get_text()), text.get_bbox_patch().get_facecolor()) for text in axes.texts]
+  dots = [
+    (line.get_xydata()[0], 1, line.get_color())
+    for line in axes.lines
+    if len(line.get_xdata())  # not of the legend alone
+  ]
+  found = {}
+  for (x, y), count, color in numbers + dots:
+    assert 0 <= x <= 1 and 0 <= y <= 1
+    gone = (color if isinstance(color, str) else hexadecimal(color)) == plots.DROPPED
+    # Of those that share a pair the present ones stand beside it, nearer to the middle.
+    pair = next(
+      pair
+      for pair, of in want
+      if of == gone and y == pair[1] and np.isclose(abs(x - pair[0]), 0.07 * (pair in shared and not gone))
+    )
+    found[pair, gone] = count
+  assert found == want
 
 
-def test_names_in_the_margin_keep_their_height_where_there_is_room():
-  np.testing.assert_allclose(plots._spread_out(np.array([0.1, 0.8]), 0.05), [0.1, 0.8])
-  crowded = plots._spread_out(np.array([0.5, 0.5, 0.51, 0.99, 1.0]), 0.1)
-  np.testing.assert_allclose(crowded, [0.5, 0.6, 0.7, 0.9, 1.0])
-  full = plots._spread_out(np.full(5, 0.97), 0.2)
-  np.testing.assert_allclose(full, [0.2, 0.4, 0.6, 0.8, 1.0])
+def test_names_stand_beside_their_points_and_cover_nothing():
+  figure = Figure(figsize=(8, 6))
+  axes = figure.subplots()
+  crowd = [[20 + 0.1 * i, 95] for i in range(12)]
+  means = np.array([*crowd, [90.0, 40.0], [99.0, 99.0], [55.0, 60.0]])
+  axes.plot(*means.T, "o")
+  names = [f"a_method_{i}" for i in range(len(means))]
+  plots._name_points(axes, names, ["black"] * len(means), means, np.zeros_like(means))
+  figure.draw_without_rendering()
+  boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+  frame, points = axes.get_window_extent(), axes.transData.transform(means)
+  far = []
+  for i, box in enumerate(boxes):
+    assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+    assert not any(box.contains(*point) for point in points)
+    assert not any(box.overlaps(other) for other in boxes[:i])
+    far.append(np.hypot(*(np.clip(points[i], box.min, box.max) - points[i])))
+  lone = far[len(crowd) :]
+  assert [text.get_text() for text in axes.texts if text.get_text()] == names and max(lone) < 15  # pixels
+  assert max(far) < 150
+  lines = [text.xy for text in axes.texts if not text.get_text()]
+  assert lines and all(tuple(xy) in map(tuple, means[: len(crowd)]) for xy in lines)  # lone names have none
