@@ -1,6 +1,7 @@
 """AP-FL's returning client in NumPy: what its friend learns, what it asks for, between what it chooses and by what."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +58,13 @@ def compiled(source, **static):
   return jax.jit(run)
 
 
-def personal(*, source=SOURCE, trust=TRUST, seen=SEEN, kept=(), examples=None, few=False, judge=None, **settings):
+def personal(
+  *, source=SOURCE, trust=TRUST, seen=SEEN, kept=(), examples=None, few=False, judge=None, judged_by=None, **settings
+):
   """The personal model of the client that downloaded `START`; all examples of all clients validate it.
 
-  With `few`, its own examples validate it, of which it has only the first `examples`; or those of client `judge`.
+  With `few`, its own examples validate it, of which it has only the first `examples`; or those of client `judge`; or
+  what `judged_by` makes of its data.
   """
   values = {name: algorithms.settings("ap_fl")[name].default for name in returning.Settings._fields}
   values |= {"friend_steps": FRIEND_STEPS, "beta": BETA, "rho": RHO, "temperature": TAU, "lambda_kd": LAMBDA_KD}
@@ -69,6 +73,8 @@ def personal(*, source=SOURCE, trust=TRUST, seen=SEEN, kept=(), examples=None, f
   data = linear.data(CLIENT, examples)
   if judge is not None:
     data = data._replace(validation=linear.data(judge).train)
+  elif judged_by is not None:
+    data = judged_by(data)
   elif not few:
     data = data._replace(validation=Span(jnp.int32(0), jnp.int32(sum(linear.SIZES))))
   shared = Shared(as_float32(START), (), jnp.asarray(seen), (), jnp.float32(trust), kept)
@@ -284,6 +290,19 @@ def test_synthetic_examples_are_asked_for_by_own_labels_and_evenly_as_far_as_tru
   np.testing.assert_array_equal(returning.requested(request_, nothing, jnp.float32(histogram)), [1, 1, 1, 0])
 
 
+def test_the_friend_learns_from_samples_that_are_asked_for_and_no_others():
+  """Somebody taught class 2, the client holds class 1: samples of both are believed, those of class 2 are requested."""
+  seen, trust = (False, False, True), (0.0, 0.7, 0.7)
+  picture = np.float64(PICTURES[2:]).reshape(1, -1)
+
+  def loss(params):
+    [z] = logits(params, picture)
+    return trust[2] * (np.log(np.exp(z).sum()) - z[2])
+
+  model = fixed(0.0, friend="synthetic", request="seen", seen=seen, trust=trust)
+  close(model, descended(loss, FRIEND_STEPS))
+
+
 def test_a_class_that_nobody_taught_is_not_answered_however_its_samples_are_believed():
   assert personal(interpolation="fixed", trust=(0.0, 0.7, 0.2)).answers.tolist() == [True, True, False]
 
@@ -401,6 +420,46 @@ def test_few_validation_examples_do_not_bring_the_global_model_back(kind):
   cost = lambda params: entropies(params, x, y).mean() + RHO * TRUST[1] * entropies(params, *MADE).mean()
   assert len(x) < 20 and cost(START) < min(cost(local()), cost(friend()))
   assert int(personal(interpolation=kind, judge=other).choice.guard) in (0, 1, 2)
+
+
+@pytest.mark.parametrize("kind", ["grid", "output"])
+@pytest.mark.parametrize(("winner", "guard", "many"), [("local", 1, False), ("friend", 2, False), ("start", 3, True)])
+def test_an_end_or_the_global_model_takes_the_place_of_a_choice_that_validates_worse(winner, guard, many, kind):
+  """Validated by 16 copies of an example that somebody else has, which is chosen so; if `many`, and by its own."""
+  n, others = linear.SIZES[CLIENT], linear.STARTS[CLIENT]
+  weights = lambda base, head: functools.partial(chances, between(Params(base, head)))
+  answers = lambda share: lambda x: share * chances(local(), x) + (1 - share) * chances(friend(), x)
+  ends = {"local": local(), "friend": friend()} | ({"start": START} if many else {})
+  rivals = [functools.partial(chances, model) for name, model in ends.items() if name != winner]
+  if kind == "grid":
+    pairs = itertools.product(GRID, GRID) if many else [(n / (n + 200), n / (n + 12.5))]
+    rivals += [weights(*pair) for pair in pairs if pair not in ((0, 0), (1, 1))]
+  else:
+    rivals += map(answers, GRID[1:-1] if many else [n / (n + 50)])
+
+  def lead(example):
+    """By how much the winner is better than all else at this image and label."""
+    image, label = example
+    x, y = np.float64(linear.IMAGES[image : image + 1]).reshape(1, -1) / 255, np.eye(3)[[label]]
+    x, y = (np.concatenate([np.repeat(a, others, axis=0), b[: n * many]]) for a, b in zip((x, y), REAL, strict=True))
+    cost = lambda answer: -(y[:, HELD] * np.log(answer(x))).sum(1).mean()
+    return min(map(cost, rivals)) - cost(functools.partial(chances, ends[winner]))
+
+  image, label = best = max(itertools.product(range(others), HELD), key=lead)
+  assert lead(best) > 1e-3
+
+  def judged_by(data):
+    index, labels = data.store.index.at[:others].set(image), data.store.labels.at[image].set(label)
+    span = Span(jnp.int32(0), jnp.int32(others + n * many))
+    return data._replace(store=data.store._replace(index=index, labels=labels), validation=span)
+
+  model = personal(interpolation=kind, judged_by=judged_by, rho=0.0)
+  assert int(model.choice.guard) == guard
+  params = model.params
+  if isinstance(params, Pair):
+    assert guard == 3 or float(params.share) == (winner == "local")
+    params = params.friend if winner == "friend" else params.local
+  close(params, ends[winner])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from apfl_jax.algorithms.ap_fl import unseen
 from apfl_jax.errors import InputError
 from apfl_jax.metrics import ledger, shared_answers
 from apfl_jax.types import Data, LocalSGD, Task
-from tests import tasks
+from tests import linear, tasks
 
 CLASSES, SIZE, FEATURES = 7, 4, 6
 SEEN = np.array([True, False, True, True, False, True, True])
@@ -275,6 +275,39 @@ def test_features_drawn_around_means_have_their_moments_and_are_not_negative():
   np.testing.assert_allclose(drawn.mean(1), mean, atol=0.1)
   np.testing.assert_allclose((drawn**2).mean(1), square, rtol=0.05, atol=0.01)
   assert float(unseen.around(jnp.zeros((1, 2)), jnp.ones((1, 2)), 50, jax.random.key(1)).min()) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["anchored", "generator_head"])
+def test_unseen_classes_are_read_by_the_logits_of_the_head_or_of_one_trained_on_samples(kind):
+  """The head is linear and right of seen classes alone, where it says little of the others."""
+  rng = np.random.default_rng(5)
+  features = np.float32(2 * MEANS[:, None] + 0.3 * rng.normal(size=(CLASSES, 24, FEATURES)))
+  head = np.float32(MEANS.T / 2 + 0.1 * rng.normal(size=(FEATURES, CLASSES)))
+  head[:, ~SEEN] = 0.1 * rng.normal(size=(FEATURES, (~SEEN).sum()))
+  model = linear.MODEL._replace(semantics=lambda head, features: features)
+  task = linear.task()._replace(num_classes=CLASSES, embeddings=jnp.asarray(TABLE), model=model)
+  settings = SETTINGS._replace(kind=kind, p_value=1.0)
+  found = jax.jit(lambda *x: unseen.fit(task, settings, *x, jnp.asarray(SEEN), real=False))(
+    head, features, features.mean(1)
+  )
+  label = np.arange(CLASSES)[:, None]
+  if kind == "anchored":
+    assert found.source == ()
+    judged = features @ head
+  else:
+    # The shift is that of examples which did not train the head; it knows unseen classes now, which it did not.
+    judged = features[:, 1::2] @ np.asarray(found.source)
+    right = lambda logits: (logits.argmax(-1) == label)[~SEEN].mean()
+    assert right(features[:, 1::2] @ head) < 0.5 and right(judged) > 0.9
+  logits = judged[SEEN].reshape(-1, CLASSES)
+  ordered = np.sort(logits[:, SEEN], axis=1)
+  unit = (ordered[:, -1] - ordered[:, -2]).mean()
+  np.testing.assert_allclose(found.unit, unit, rtol=1e-4)
+  correct = np.flatnonzero(SEEN)[logits[:, SEEN].argmax(1)] == np.repeat(np.flatnonzero(SEEN), judged.shape[1])
+  lead = np.sort((logits[:, SEEN].max(1) - logits[:, ~SEEN].max(1))[correct] / unit)[::-1]
+  kept = int(np.ceil(0.8 * len(lead)))
+  np.testing.assert_allclose(found.shift, lead[kept - 1 : kept + 1].mean(), rtol=1e-3)
+  assert bool(found.trusted)
 
 
 LOST = 3  # the class of `fast` that nobody holds
