@@ -337,7 +337,7 @@ def _whole(owner: str, given: dict[str, Any]) -> dict[str, Any]:
   for name in given:
     if name not in known:
       own = ", ".join(f"{owner}_{other}" for other in known) or f"none, {owner} has no settings"
-      raise InputError(f"{owner}_{name}: no such setting{near(name, known)}, accepted are {own}")
+      raise InputError(f"{owner}_{name}: no such setting{near(f'{owner}_{name}', own.split(', '))}, accepted are {own}")
   return {
     name: checked(f"{owner}_{name}", given.get(name, setting.default), type(setting.default), setting.limits)
     for name, setting in known.items()

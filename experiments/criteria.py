@@ -20,7 +20,7 @@ from experiments import config, fronts
 
 HOLDS, FAILS, TIE, ONE_SEED = "holds", "fails", "tie", "one seed"
 NOT_MEASURED, REPORTED = "not measured", "reported"
-_ORDER = (NOT_MEASURED, ONE_SEED, FAILS, TIE, HOLDS)  # of several verdicts the first stands
+_ORDER = (NOT_MEASURED, FAILS, ONE_SEED, TIE, HOLDS)  # of several verdicts the first stands
 
 
 class Variant(NamedTuple):
@@ -710,7 +710,7 @@ def samples(evidence: Evidence) -> list[Row]:
       )
     )
     if name != "default":
-      for what, *path in (("own", *_DROPPED), ("pooled", "pooled_accuracy", "personal_dropped")):
+      for what, *path in (("own", *_DROPPED), ("pooled", *_POOLED)):
         mine, plain = (values(evidence, v, *path) for v in (variant, _JUDGED["default"]))
         claim = f"samples are worth more to personal models than the default's ({name})"
         rows.append(least("J", claim, f"dropped clients, {what} accuracy: > 0", mine, plain, 0.0, strict=True))

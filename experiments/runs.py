@@ -133,16 +133,22 @@ def facts(outcome: Outcome, command: str) -> dict[str, str]:
 
 def federation(config: Config) -> str:
   """Who learns what together, in a line."""
-  shared = {"dirichlet": f", alpha {config.alpha:g}", "pathological": f", {config.classes_per_client} classes each"}
-  processes = [
-    name if name == "none" else f"{name} at rate {rate:g}" for name, rate in zip(*config.processes, strict=True)
-  ]
+  shared = {
+    "dirichlet": f", alpha {config.alpha:g}",
+    "pathological": f", {config.classes_per_client} classes each",
+    "clustered": f" in {config.clusters}",
+  }
+  rated = lambda name, rate: name if name in ("none", "trace") else f"{name} at rate {rate:g}"
+  processes = [rated(name, rate) for name, rate in zip(*config.processes, strict=True)]
+  each = f" of {config.examples_per_client:,} examples" if config.examples_per_client else ""
+  drawn = [f"{config.cohort_size:,} a round"] if config.cohort_size else []
   lost = config.monopolistic_classes
   only = f"{lost} monopolistic class{'' if lost == 1 else 'es'} (only clients that drop hold them)"
   return ", ".join(
     [
       config.dataset,
-      tables.counted(config.num_clients, "client"),
+      tables.counted(config.num_clients, "client") + each,
+      *drawn,
       f"partition {config.partition}{shared.get(config.partition, '')}",
       f"dropout {' and '.join(processes)}",
       only if lost else "no monopolistic classes",
@@ -191,10 +197,11 @@ def _trace(root: str | Path, name: str) -> Path:
 def _told(root: str | Path, name: str, error: Exception) -> str:
   """The line that says what went wrong, printed."""
   line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-  if not isinstance(error, InputError):
-    line = f"{type(error).__name__}: {line}".rstrip(": ") + f" ({_trace(root, name)})"
+  if error.__cause__ is not None or not isinstance(error, InputError):
     with replacing(_trace(root, name)) as path:
       path.write_text("".join(traceback.format_exception(error)))
+  if not isinstance(error, InputError):
+    line = f"{type(error).__name__}: {line}".rstrip(": ") + f" ({_trace(root, name)})"
   print(f"error: {name}: {line}", file=sys.stderr, flush=True)
   return line
 

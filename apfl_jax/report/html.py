@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from apfl_jax.algorithms.ap_fl.interpolation import STARTED
 from apfl_jax.files import replacing
 from apfl_jax.report import plots, tables
 from apfl_jax.report import run as runs
@@ -87,8 +88,8 @@ _CAPTIONS = {
     "Each row is a class. The server never saw a real image: it draws what the global model takes for that class. Of a "
     "class marked unseen not even the global model met an example; its images come from the meaning of the class "
     "alone, so expect little of them. The images need not look real: they are to carry what the global model knows. "
-    "In brackets is how much of a class that is, the share of its pooled test images that the global model gets right: "
-    "where it is small, so is the worth of the images.",
+    "A share in brackets is that of the class's pooled test images which the global model gets right; where it is "
+    "small, so is the worth of the images.",
   ),
   "trust": (
     "What the server trusts",
@@ -227,7 +228,7 @@ def _chosen(clients: runs.Clients) -> str:
   """How many clients chose which of their two models; empty where none is known to have chosen."""
   base, head = clients.lambda_base, clients.lambda_head
   known = np.isfinite(base) & np.isfinite(head)
-  started = known & (clients.guard == runs.STARTED)
+  started = known & (clients.guard == STARTED)
   friend, local = (known & ~started & (base == end) & (head == end) for end in (0, 1))
   if not known.any():
     return ""

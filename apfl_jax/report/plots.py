@@ -16,8 +16,9 @@ import numpy as np
 
 from apfl_jax import metrics
 from apfl_jax.algorithms import GROUPS
+from apfl_jax.algorithms.ap_fl.interpolation import STARTED
 from apfl_jax.errors import InputError
-from apfl_jax.report.run import STARTED, Run
+from apfl_jax.report.run import Run
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes

@@ -9,7 +9,6 @@ import numpy as np
 
 from apfl_jax.errors import InputError
 
-STARTED = 3  # see `Choice.guard` of apfl_jax/algorithms/ap_fl/interpolation.py
 _NEEDED = ("algorithm", "dataset", "num_clients", "rounds", "seed")
 
 
@@ -26,7 +25,7 @@ class Clients(NamedTuple):
     lambda_base: float, the coefficient of its local model's base where a method mixes two models; nan where not known.
     lambda_head: float, of its head; likewise.
     barrier: float, its loss half-way between the two, less the mean of theirs; likewise.
-    guard: float, `STARTED` if it mixes neither, but answers with the model that both came from; likewise.
+    guard: float, 3 if it mixes neither, but answers with the model that both came from; likewise.
   """
 
   id: np.ndarray

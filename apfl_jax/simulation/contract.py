@@ -40,6 +40,10 @@ _UNKNOWN = (  # until the program runs
 )
 
 
+class _Failure(InputError):
+  """What fails inside a function; the cause is its own error."""
+
+
 class Outline(NamedTuple):
   """Shapes of what a method's functions return.
 
@@ -77,8 +81,7 @@ def outline(
 
   Raises:
     InputError: a function takes or returns something else than the contract says, is not a function of its arguments,
-      or fails, which is then the cause; with the method's name, its own, and in which other method it was written, if
-      it was.
+      or fails, which is then the cause; with the method's name, its own, and another method's if that made it.
   """
 
   def once(inputs: Any) -> Outline:
@@ -150,10 +153,10 @@ def _predicted(name: str, algorithm: Algorithm, field: str, model: PyTree, image
   refused = partial(_refused, name, algorithm)
   try:
     prediction = _call(name, algorithm, "predict", model, images)
-  except InputError as error:
-    if error.__cause__ is None or isinstance(error.__cause__, _UNKNOWN):
-      raise
-    raise refused(field, f"its model fails in {_where(error.__cause__)}", "what predict takes") from error.__cause__
+  except _Failure as error:
+    cause = error.__cause__
+    assert cause is not None
+    raise refused(field, f"its model fails in {_where(cause)}", "what predict takes") from cause
   if not isinstance(prediction, Prediction):
     raise refused("predict", f"returns {_spec(prediction)}", "Prediction(logits, features)")
   for part, width in (("logits", num_classes), ("features", None)):
@@ -200,7 +203,7 @@ def _readable(who: str) -> Iterator[None]:
     accepted = "jnp.where, jax.lax.cond and the like; settings that are whole numbers, bools or texts are known"
     raise InputError(f"{who}: {found}, accepted are {accepted}") from error
   except Exception as error:
-    raise InputError(f"{who}: fails in {_where(error)}") from error
+    raise _Failure(f"{who}: fails in {_where(error)}") from error
 
 
 def _refused(name: str, algorithm: Algorithm, field: str, found: str, accepted: str) -> InputError:
@@ -211,7 +214,7 @@ def _whose(name: str, algorithm: Algorithm, field: str) -> str:
   """A function of a method, and in which other method it was written if it was."""
   first, *_ = makers = _makers(getattr(algorithm, field))
   own = not name or not set(makers).isdisjoint(name.split())  # which may be that of a method with wrappers
-  other = first in {method.make.__name__ for method in algorithms.METHODS.values()}
+  other = first in {getattr(method.make, "__name__", "") for method in algorithms.METHODS.values()}
   return f"{name or first}: {field}" + (f" (written in {first})" if other and not own else "")
 
 
@@ -229,10 +232,13 @@ def _where(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-  """The last line outside JAX and named tuples; of a method, rather than of what methods are made from."""
-  inside = lambda frame, *modules: any(Path(frame.filename).is_relative_to(Path(m.__file__).parent) for m in modules)
-  frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not inside(frame, jax, collections)]
-  own = [frame for frame in frames if not inside(frame, apfl_jax) or inside(frame, algorithms)]
+  """The last line of a method or of what calls it; where there is none, the last outside JAX."""
+  folder = lambda module: Path(module.__file__ or "").parent
+  below = lambda frame, *folders: any(Path(frame.filename).is_relative_to(one) for one in folders)
+  frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not below(frame, folder(jax))]
+  # What methods are made from: the other rooms, libraries, Python's own.
+  parts = (folder(apfl_jax), folder(jax).parent, folder(collections).parent)
+  own = [frame for frame in frames if below(frame, folder(algorithms)) or not below(frame, *parts)]
   last = (own or frames)[-1]
   return f"line {last.lineno} of {Path(last.filename).name}"
 

@@ -420,6 +420,19 @@ def test_the_server_notices_who_left_and_answers_with_what_it_was():
   assert np.asarray(rounds.server.memory.classes).all()
 
 
+def test_the_student_learns_classes_that_left_from_the_model_that_knew_them():
+  """As the generator's rows of them are taught, or L_adv would pay for ever for what the student is never told."""
+  rounds = Rounds(40, memory="average", memory_patience=1, adversary=True, lambda_adversarial=0.0, generator_steps=5)
+  rounds.step([5, 5, 5, 5])
+  lowered = jax.tree.map(lambda w: w, rounds.server.params)
+  lowered.head["bias"] = lowered.head["bias"].at[2].add(-5.0)
+  student = jax.tree.map(jnp.copy, lowered)
+  rounds.server = rounds.server._replace(params=lowered, source=rounds.server.source._replace(student=student))
+  after = rounds.step([5, 5, 0, 5]).source.student
+  moved = np.asarray(after.head["bias"] - lowered.head["bias"])
+  assert moved[2] > 1e-3 and moved.argmax() == 2
+
+
 def test_the_last_round_distils_what_left_back_into_the_head():
   """The old model knows the class that left, the new one has forgotten it; others keep their answers."""
   rounds = Rounds(5, memory="distil", memory_patience=1, generator_steps=20)

@@ -410,15 +410,16 @@ def test_a_client_loses_no_validation_example_to_an_unseen_class():
     ({"unseen": "prototypes", "source": "noise"}, "--ap_fl_tier=s2"),
     ({"unseen": "generator_head", "tier": "s2"}, "--ap_fl_tier=s1"),
     ({"tier": "s0"}, "ap_fl_tier: .*--head=free"),
+    ({"tier": "s0", "head": "free", "mask_softmax": False, "augment": "full"}, "ap_fl_tier: .*--ap_fl_mask_softmax"),
     ({"unseen": "anchored", "head": "free"}, "--head=anchored or cosine"),
     ({"unseen": "prototypes", "interpolation": "output"}, "--ap_fl_interpolation=grid, grad, size, layer, fixed"),
   ],
 )
 def test_what_cannot_be_known_is_refused(settings, word):
   settings = dict(settings)
-  head = settings.pop("head", "anchored")
+  head, augment = settings.pop("head", "anchored"), settings.pop("augment", "none")
   model = nn.classifier("mlp", tasks.IMAGE_SHAPE, tasks.NUM_CLASSES, head=head, embeddings=FAST)
-  sgd = LocalSGD(jnp.float32(0.1), 4, 1, 2, 4, "examples", "none")
+  sgd = LocalSGD(jnp.float32(0.1), 4, 1, 2, 4, "examples", augment)
   task = Task(3, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE, FAST, model, sgd, jnp.int32(3))
   with pytest.raises(InputError, match=word):
     algorithms.ap_fl(task, friend_steps=0, **settings)

@@ -93,7 +93,9 @@ def test_what_has_no_effect_is_not_above_nothing(value, verdict):
 
 
 def test_of_several_the_worst_stands():
-  assert criteria.worst([HOLDS, TIE, HOLDS]) == TIE and criteria.worst([TIE, FAILS]) == FAILS
+  assert criteria.worst([HOLDS, TIE, HOLDS]) == TIE and criteria.worst([TIE, FAILS]) == FAILS == criteria.worst(
+    [ONE_SEED, FAILS]
+  )
   assert criteria.worst([HOLDS, NOT_MEASURED]) == NOT_MEASURED == criteria.worst([])
 
 

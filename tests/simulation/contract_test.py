@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from apfl_jax import algorithms, simulation, training
@@ -76,6 +77,10 @@ def broken() -> dict[str, tuple[dict[str, Any], str]]:
     "other arguments": (
       {"aggregate": lambda server, received: server},
       "broken: aggregate: takes (server, received), accepted is (server, received, key)",
+    ),
+    "other arguments of predict": (
+      {"predict": lambda model: good.predict(model, jnp.zeros((1, 4, 4, 1)))},
+      "broken: predict: takes (model), accepted is (model, images)",
     ),
     "no arrays": (
       {"init": lambda key: {"name": "mine", "weights": jnp.zeros(3)}},
@@ -218,6 +223,9 @@ def failing() -> dict[str, tuple[Any, str]]:
   def raises(server, received, key):
     raise KeyError("mine")
 
+  def adds(server, received, key):
+    return optax.apply_updates(server, (received.weight,))
+
   def forgets(download, client, data, visit, key):
     return client, Upload(download.shared)  # type: ignore[call-arg]
 
@@ -236,6 +244,8 @@ def failing() -> dict[str, tuple[Any, str]]:
   return {
     "an error": (mine(aggregate=raises), f"failing: aggregate: {line} (KeyError: 'mine')"),
     "a forgotten weight": (mine(local_update=forgets), f"failing: local_update: {line} (TypeError: "),
+    # Nor in the library that is told to.
+    "unlike trees": (mine(aggregate=adds), f"failing: aggregate: {line} (ValueError: "),
     "another name": (mine(aggregates=raises), f"method: {line} (ValueError: "),
     # Not where `local_sgd` takes its gradient, but where the method calls it.
     "a loss for each example": (no_scalar, f"failing: local_update: {line} (TypeError: "),

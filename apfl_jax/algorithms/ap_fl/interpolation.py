@@ -17,6 +17,7 @@ import optax
 
 from apfl_jax.types import Array, Params, PyTree
 
+STARTED = 3  # in `Choice.guard`: the start
 _STEPS, _RATE, _RIDGE = 50, 0.1, 0.02  # of coefficients by gradient (method 2.9 b)
 
 
@@ -185,7 +186,7 @@ def choose(
   mixed = interpolate(local, friend, chosen)
   real = losses.real
   return (
-    jax.tree.map(lambda a, b: jnp.where(winner == 3, a, b), start, mixed),
+    jax.tree.map(lambda a, b: jnp.where(winner == STARTED, a, b), start, mixed),
     Choice(
       lambda_base=jnp.mean(jnp.stack(jax.tree.leaves(chosen.base))),
       lambda_head=chosen.head,

@@ -196,6 +196,11 @@ def ap_fl(
       "ap_fl_tier: got 's0' with a head made of embeddings, whose changes do not tell which classes a client"
       " holds; accepted is --ap_fl_tier=s1 or s2, or --head=free"
     )
+  if tier == "s0" and task.sgd.augment == "full" and not mask_softmax:
+    raise InputError(
+      "ap_fl_tier: got 's0' with --augment=full and no mask of the softmax, with which labels are smoothed over classes"
+      " that nobody holds; accepted is --ap_fl_mask_softmax=true, or --augment=none or shift"
+    )
   if memory != "none" and tier == "s0":
     raise InputError(f"ap_fl_memory: got {memory!r} with --ap_fl_tier=s0; accepted is --ap_fl_tier=s1 or s2")
   if unseen in ("anchored", "generator_head") and task.model.semantics is None:

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from apfl_jax import random, training
 from apfl_jax.algorithms.ap_fl import peers
 from apfl_jax.algorithms.ap_fl.interpolation import (
+  STARTED,
   Choice,
   Losses,
   by_gradient,
@@ -245,7 +246,9 @@ def client(task: Task, source: Source, settings: Settings) -> Callable[..., Answ
         return jnp.concatenate([mixed, first[None]])
 
       choice = choose_share(losses(logits_of).total, on_grid=many, given=sizes.head, guarded=guarded, with_start=many)
-      local, friend = (jax.tree.map(lambda a, b: jnp.where(choice.guard == 3, a, b), start, p) for p in (local, friend))
+      local, friend = (
+        jax.tree.map(lambda a, b: jnp.where(choice.guard == STARTED, a, b), start, p) for p in (local, friend)
+      )
       return Pair(local, friend, choice.lambda_base), choice
 
     def objective(base: PyTree, heads: PyTree) -> Losses:
