@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from apfl_jax import algorithms, data, nn, semantics, training
-from apfl_jax.algorithms.ap_fl import generation, matching, server, sources, statistics
+from apfl_jax.algorithms.ap_fl import generation, matching, projections, server, sources, statistics
 from apfl_jax.algorithms.ap_fl.state import Kept, Sent
 from apfl_jax.errors import InputError
 from apfl_jax.metrics import ledger
@@ -45,7 +45,12 @@ def known(task: Task, images=None, labels=None) -> statistics.Statistics:
   if images is not None:
     hot = np.eye(C, dtype=np.float32)[labels]
     sums = sums._replace(counts=hot.sum(0), images=statistics.class_sums(jnp.asarray(hot), jnp.asarray(images)))
-  return statistics.Statistics((), sums)
+  return statistics.Statistics((), often(sums))
+
+
+def often(sums: statistics.ByClass) -> statistics.ByClass:
+  """Of so many examples that variances are what they are."""
+  return jax.tree.map(lambda x: 1e4 * x, sums)
 
 
 @pytest.mark.parametrize("name", [name for name in sources.SOURCES if name != "untrained"])  # as image
@@ -154,9 +159,35 @@ def test_sums_by_class_are_those_of_numpy():
     for sums, values in pairs:
       np.testing.assert_allclose(sums.mean[c], values[rows].sum(0), rtol=1e-4, atol=1e-3)
       np.testing.assert_allclose(sums.square[c], (values[rows] ** 2).sum(0), rtol=1e-4, atol=1e-3)
-  mean = got.mean
-  np.testing.assert_allclose(mean.images.mean[0], images[labels == 0].mean(0), atol=1e-5)
-  assert (np.asarray(mean.images.mean[2]) == 0).all()
+
+
+def test_variances_of_few_examples_are_drawn_towards_that_of_all():
+  """A single example has none, and would be worth endlessly much in what is told in units of it."""
+  rng = np.random.default_rng(0)
+  labels = np.repeat([0, 1, 3], [300, 12, 1])  # nothing of 2
+  images = (rng.uniform(size=(313, *SHAPE)) * (1 + labels[:, None, None, None]) / 4).astype(np.float32)
+  task, hot = make_task(), jnp.eye(C)[labels]
+  low = np.asarray(projections.coefficients(jnp.asarray(images)))
+  sums = statistics.no_sums(task, to_match=True)._replace(
+    counts=jnp.sum(hot, axis=0),
+    images=statistics.class_sums(hot, jnp.asarray(images)),
+    products=projections.products(hot, jnp.asarray(images)),
+  )
+  got = jax.jit(lambda sums: sums.estimated)(sums)
+  of = lambda values, c: values[labels == c].reshape((labels == c).sum(), -1).astype(np.float64)
+  covariance = lambda values, c: np.cov(of(values, c).T, ddof=0) if (labels == c).sum() > 1 else 0.0
+  n = {c: (labels == c).sum() for c in (0, 1, 3)}
+  for c in n:
+    whole = sum(n[d] * of(images, d).var(0) for d in n) / 313
+    expected = (n[c] * of(images, c).var(0) + 10 * whole) / (n[c] + 10)
+    mean, square = (np.asarray(x[c], np.float64).ravel() for x in got.images)
+    np.testing.assert_allclose(mean, of(images, c).mean(0), atol=1e-5)
+    np.testing.assert_allclose(square - mean**2, expected, atol=1e-5)
+    whole = sum(n[d] * covariance(low, d) for d in n) / 313
+    expected = (n[c] * covariance(low, c) + 10 * whole) / (n[c] + 10)
+    middle = of(low, c).mean(0)
+    np.testing.assert_allclose(np.asarray(got.products[c]) - np.outer(middle, middle), expected, atol=1e-3)
+  assert all((np.asarray(x[2]) == 0).all() for x in (*got.images, got.products))
 
 
 def test_sums_fade_only_where_a_class_is_heard_of():
@@ -203,7 +234,8 @@ def test_class_distance_is_the_mean_over_classes_of_their_own():
     layers=statistics.layer_sums(hot(real_labels), taps(real)),
   )
   source = sources.source(task, "image")
-  got = jax.jit(lambda *x: generation.class_distance(source, *x))(sums, hot(labels), jnp.asarray(made), taps(made))
+  distance = jax.jit(lambda *x: generation.class_distance(source, *x))
+  got = distance(often(sums), hot(labels), jnp.asarray(made), taps(made))
 
   def gap(a, b):
     va, vb = a.var(0), b.var(0)

@@ -218,14 +218,14 @@ def class_distance(source: Source, real: ByClass, one_hot: Array, made: Array, t
     made: samples [B, ...].
     taps: of them.
   """
-  counts = jnp.sum(one_hot, axis=0)
+  counts, wanted = jnp.sum(one_hot, axis=0), real.estimated
   weights = ((counts > 0) & (real.counts > 0)).astype(jnp.float32)
   over = lambda sums: jax.tree.map(lambda x: x / jnp.maximum(counts, 1.0).reshape(-1, *[1] * (x.ndim - 1)), sums)
   found = (over(class_sums(one_hot, made)),)
   if not source.images:
-    return distance(found, (real.mean.features,), weights)
-  layers = distance(over(layer_sums(one_hot, taps)), real.mean.layers, weights)
-  return distance(found, (real.mean.images,), weights) + layers
+    return distance(found, (wanted.features,), weights)
+  layers = distance(over(layer_sums(one_hot, taps)), wanted.layers, weights)
+  return distance(found, (wanted.images,), weights) + layers
 
 
 def adversarial(taught: Array, guess: Array, label: Array, counted: Array, classes: Array) -> Array:

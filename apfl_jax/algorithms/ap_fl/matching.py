@@ -48,7 +48,7 @@ def match(
     settings: how many images, and of the optimiser.
     key: consumed.
   """
-  real, weights = sums.mean, (sums.counts > 0).astype(jnp.float32)
+  real, weights = sums.estimated, (sums.counts > 0).astype(jnp.float32)
   assert isinstance(real.untrained, Moments) and not isinstance(real.products, tuple)
   wanted, networks = real.untrained, projections.networks(task)
   label = task.spread(jnp.repeat(jnp.arange(task.num_classes), settings.size))

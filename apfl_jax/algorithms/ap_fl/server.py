@@ -308,7 +308,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
     known, params = seen(server), answer_of(server)
     classes = server.statistics.classes
     if isinstance(classes, statistics.ByClass):
-      measured, real = classes.mean.features, True
+      measured, real = classes.estimated.features, True
       features, means = unseen.around(measured.mean, measured.square, _READ_SAMPLES, key), measured.mean
     else:
       real = False

@@ -133,7 +133,7 @@ def source(task: Task, name: str, settings: matching.Settings | None = None, *, 
 
 def class_images(statistics: Statistics) -> Moments:
   """What `class_means` ships: the mean image of each class and, in place of the second moment, the deviation."""
-  mean, square = _classes(statistics).mean.images
+  mean, square = _classes(statistics).estimated.images
   return Moments(mean, jnp.sqrt(jnp.maximum(square - mean**2, 0.0)))
 
 

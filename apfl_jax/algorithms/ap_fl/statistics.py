@@ -21,6 +21,7 @@ from apfl_jax.types import Array, Data, Key, Params, PyTree, Task
 
 TIERS = ("s0", "s1", "s2")
 _MEMORY = 0.9  # what sums by class keep over a round's aggregations: the model that features come from changes
+_PRIOR = 10.0  # k of `ByClass.estimated`: in sums that fade by a tenth a round, one example that is always there
 _BLOCK = 64  # examples at a time
 _RISEN = 0.1  # of the largest change of any weight: less is rounding
 
@@ -57,10 +58,30 @@ class ByClass(NamedTuple):
   untrained: Moments | tuple[()] = ()
 
   @property
-  def mean(self) -> "ByClass":
-    """The same over one example, 0 for a class without examples; `counts` is then 1 or 0."""
-    over = lambda x: x / jnp.maximum(self.counts, 1e-12).reshape(-1, *[1] * (x.ndim - 1))
-    return jax.tree.map(over, self)
+  def estimated(self) -> "ByClass":
+    """Moments of an example, class by class, 0 where there are no examples; `counts` is then 1 or 0.
+
+    A variance of few examples is small by chance, of a single one 0, and what is compared in units of it would be all
+    that counts. So each is shrunk towards the mean over all examples: (n_c v_c + k v) / (n_c + k) [O].
+    """
+    along = lambda x: self.counts.reshape(-1, *[1] * (x.ndim - 1))
+    over = lambda x: x / jnp.maximum(along(x), 1e-12)
+
+    def spread(mean_square: Array, square: Array) -> Array:
+      """The second moment [C, ...] with that spread around the mean, of which `mean_square` is the square."""
+      n, variance = along(square), over(square) - mean_square
+      all_classes = jnp.sum(n * variance, axis=0) / jnp.maximum(jnp.sum(self.counts), 1e-12)
+      return jnp.where(n > 0, mean_square + (n * variance + _PRIOR * all_classes) / (n + _PRIOR), 0.0)
+
+    of = lambda moments: Moments(over(moments.mean), spread(over(moments.mean) ** 2, moments.square))
+    products, untrained = self.products, self.untrained
+    if not isinstance(products, tuple):
+      low = projections.coefficients(over(self.images.mean))
+      products = spread(low[:, :, None] * low[:, None, :], products)
+    if isinstance(untrained, Moments):
+      untrained = of(untrained)
+    layers = tuple(map(of, self.layers))
+    return ByClass(over(self.counts), layers, of(self.features), of(self.images), products, untrained)
 
 
 class Statistics(NamedTuple):
