@@ -7,6 +7,7 @@ setting of a run can be given as a flag and holds for all; `--dry_run` lists the
 
 import json
 import math
+import re
 import shlex
 import statistics
 import sys
@@ -199,7 +200,17 @@ def lines(by_method: Mapping[str, Sequence[fronts.Point]]) -> list[plots.Front]:
 
 def listed() -> str:
   """What is claimed, a line each: what `--claims=help` prints."""
-  return "\n".join(dict.fromkeys(f"{id:4} {row.claim}" for id, claim in CLAIMS.items() for row in claim.judge({})))
+  rows = [(id, row.claim) for id, claim in CLAIMS.items() for row in claim.judge({})]
+  bare = lambda text: re.sub(r" [(\[].*[)\]]$", "", text)  # without of which samples, or whose figure
+  lines = dict.fromkeys(f"{id:4} {bare(claim)}" for id, claim in rows)
+  return "\n".join(
+    [
+      *lines,
+      "",
+      "Criteria stand in the table; C is the cost of the generator, J the worth of its samples, H",
+      "harm by synthetic data, R figures of a machine-written summary of the paper that nobody has verified.",
+    ]
+  )
 
 
 def parse_claims(text: str) -> list[str]:

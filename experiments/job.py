@@ -359,7 +359,8 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
   if config.report:
     _draw(workdir)
   if not any(result.record.arrived):
-    print("no upload arrived in any round: the global model is the initial one", file=sys.stderr)
+    why = "nobody was there, or uploads were lost, late or not finite"
+    print(f"no upload arrived in any round ({why}): the global model is the initial one", file=sys.stderr)
   for name, least in config.least_uploads().items():
     if few := sum(0 < number < least for number in result.record.arrived):
       print(

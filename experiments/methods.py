@@ -451,7 +451,8 @@ def main(arguments: Sequence[str]) -> int:
   return 1 if outcome.failed else 0
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+  """The binary."""
   config.define_flags(but=_GIVEN)
   flags.DEFINE_string("methods", "all", "all, or names, comma-separated; `help` lists them")
   flags.DEFINE_string("seeds", "0,1,2", "comma-separated")
@@ -460,7 +461,11 @@ if __name__ == "__main__":
   flags.DEFINE_bool("best_round", False, "also the best test round; needs --personalize_every")
   flags.DEFINE_bool("dry_run", False, "list the runs and stop")
   flags.DEFINE_bool("readme", False, "write the table of methods into README.md and stop")
-  for field in config.fields():
+  for field in config.fields():  # --help shows these; methods' own settings come with --helpfull
     if field.name not in _GIVEN:
-      flags.declare_key_flag(field.name)  # --help shows these; methods' own settings come with --helpfull
+      flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[field.name])
   config.main(main)
+
+
+if __name__ == "__main__":
+  command_line()

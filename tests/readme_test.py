@@ -45,6 +45,9 @@ def test_the_example_of_a_method_is_a_binary_and_has_the_common_tests(tmp_path):
   assert "--q_fedavg_q=0.5\n" in (tmp_path / "runs/q_fedavg-fast-0/flags.txt").read_text()
   helped = call([sys.executable, "q_fedavg.py", "--help"], cwd=tmp_path)
   assert "--num_clients" in helped.stdout
+  compared = re.search(r"^python -c '(import q_fedavg.*?)' --methods=q_fedavg,fedavg$", TEXT, re.MULTILINE)[1]
+  listed = call([sys.executable, "-c", compared, "--methods=q_fedavg,fedavg", "--seeds=0", "--dry_run"], cwd=tmp_path)
+  assert listed.returncode == 0 and "q_fedavg-0" in listed.stdout, listed.stderr
   tested = call([sys.executable, *test.split(), "-k", "q_fedavg and same_bits"], cwd=ROOT)
   assert tested.returncode == 0 and " 1 passed" in tested.stdout, tested.stdout
 

@@ -6,6 +6,7 @@ wrote; and some not at all: a client state of another dtype would be cast into i
 
 import collections
 import inspect
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -227,8 +228,8 @@ def _makers(function: Any) -> list[str]:
 
 def _where(error: BaseException) -> str:
   """Where something went wrong, and what."""
-  said, *_ = f"{type(error).__name__}: {error}".splitlines()
-  return f"{_place(error)} ({said})"
+  said = " ".join(str(error).split()) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+  return f"{_place(error)} ({type(error).__name__}: {textwrap.shorten(said, 300)})"
 
 
 def _place(error: BaseException) -> str:
