@@ -419,11 +419,12 @@ def _judged(run: runs.Run) -> str:
   facts = {
     "samples a class": str(section["count"]),
     "judge on real test images": share(section["judge_accuracy"]) + " %",
-    "judge agrees, recognised classes": share(section["agreement_recognised"]["mean"]) + " %",
-    "fresh networks taught by samples alone, on real test images": share(section["tstr"]["mean"]) + " %",
-    "their teacher, the global model": share(section["teacher"]) + " %",
+    "judge agrees, classes that the global model recognises": share(section["agreement_recognised"]["mean"]) + " %",
+    "fresh networks taught by samples alone, on real test images of these classes": share(section["tstr"]["mean"])
+    + " %",
+    "the global model, their teacher, on the same images": share(section["teacher"]) + " %",
     "correlation of trust with the judge": _plain((section.get("trust") or {}).get("correlation")),
-    "samples nearer to training than to test images": share((privacy or {}).get("closer")) + " %",
+    "samples nearer to training than to test images": share((privacy or {}).get("closer")) + " % (by chance 50)",
     "attack by distance to samples (AUC)": _plain((privacy or {}).get("distance_auc")),
     "attack by the global model's loss (AUC)": _plain((privacy or {}).get("loss_auc")),
   }
@@ -431,7 +432,9 @@ def _judged(run: runs.Run) -> str:
   return (
     "<h2>What the samples are worth</h2><p>Judged by a classifier trained on the whole data set, for this page alone. "
     "What counts is what fresh networks learn from samples, not what the judge says of them. An attack that learns "
-    "nothing has an AUC of .5; a generator that remembers nothing is as near to test images as to training ones.</p>"
+    "nothing has an AUC of .5; a generator that remembers nothing is as near to test images as to training ones. A class "
+    "is recognised if the global model gets half of its test images right; trust is the mean probability that it gives "
+    "the class on samples of it; different nearest images: how many real ones are the nearest to some sample.</p>"
     f"{_facts(facts)}{_grid(tables.Grid(header, rows))}"
   )
 

@@ -549,13 +549,14 @@ def _trust(figure: Figure, run: Run) -> bool:
   for some, color, label in ((seen, PRESENT, "seen classes"), (~seen, DROPPED, "unseen classes")):
     if some.any():
       axes.plot(100 * trust[some], 100 * agreement[some], "o", color=color, label=label, clip_on=False)
-  if trust.size <= _LABELLED:
-    for c in np.flatnonzero(seen):  # the others would lie upon each other: they are not trusted
-      name = run.class_names[c] if c < len(run.class_names) else str(c)
-      axes.annotate(name, (100 * trust[c], 100 * agreement[c]), (4, 3), textcoords="offset points", fontsize=8)
-  axes.set(xlabel="trust (%)", ylabel="samples that the judge agrees on (%)", xlim=(-2, 102), ylim=(-2, 102))
+  axes.set(xlabel="trust (%)", ylabel="samples that the judge agrees on (%)", xlim=(-4, 104), ylim=(-4, 104))
   axes.grid()
   axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
+  if trust.size <= _LABELLED:
+    named = np.flatnonzero(seen)  # the others would lie upon each other: they are not trusted
+    names = [run.class_names[c] if c < len(run.class_names) else str(c) for c in named]
+    at = 100 * np.stack([trust[named], agreement[named]], axis=1)
+    _name_points(axes, names, ["#333333"] * len(names), at, np.zeros_like(at))
   return True
 
 

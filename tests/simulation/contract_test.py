@@ -249,7 +249,10 @@ def failing() -> dict[str, tuple[Any, str]]:
     "a forgotten weight": (mine(local_update=forgets), f"failing: local_update: {line} (TypeError: "),
     # Nor in the library that is told to.
     "unlike trees": (mine(aggregate=adds), f"failing: aggregate: {line} (ValueError: "),
-    "a claim of one's own": (mine(aggregate=claims), f"failing: aggregate: {line} (AssertionError: raise AssertionError)"),
+    "a claim of one's own": (
+      mine(aggregate=claims),
+      f"failing: aggregate: {line} (AssertionError: raise AssertionError)",
+    ),
     "another name": (mine(aggregates=raises), f"method: {line} (ValueError: "),
     # Not where `local_sgd` takes its gradient, but where the method calls it.
     "a loss for each example": (no_scalar, f"failing: local_update: {line} (TypeError: "),
