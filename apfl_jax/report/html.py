@@ -432,9 +432,9 @@ def _judged(run: runs.Run) -> str:
   return (
     "<h2>What the samples are worth</h2><p>Judged by a classifier trained on the whole data set, for this page alone. "
     "What counts is what fresh networks learn from samples, not what the judge says of them. An attack that learns "
-    "nothing has an AUC of .5; a generator that remembers nothing is as near to test images as to training ones. A class "
-    "is recognised if the global model gets half of its test images right; trust is the mean probability that it gives "
-    "the class on samples of it; different nearest images: how many real ones are the nearest to some sample.</p>"
+    "nothing has an AUC of .5; a generator that remembers nothing is as near to test images as to training ones. A "
+    "class is recognised if the global model gets half of its test images right; trust is the mean probability that it "
+    "gives the class on samples of it; different nearest images: how many real ones are the nearest to some sample.</p>"
     f"{_facts(facts)}{_grid(tables.Grid(header, rows))}"
   )
 
