@@ -146,7 +146,7 @@ def _features(ready: job.Job, server: PyTree) -> Base:
   key = random.key(ready.config.seed, random.Purpose.REPORT)
   measured = isinstance(server.statistics.classes, ap_fl.ByClass)
   if measured:
-    real = server.statistics.classes.mean.features
+    real = server.statistics.classes.estimated.features
     means, examples = np.asarray(real.mean), np.asarray(unseen.around(real.mean, real.square, _EXAMPLES, key))
   else:
     images = np.asarray(ap_fl.samples(task, server, key, _EXAMPLES))
