@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DROPPED, PRESENT, ALL = "#D55E00", "#0072B2", "#444444"
 _COLORS = (PRESENT, DROPPED, "#009E73", "#CC79A7", ALL, "#E69F00")  # of groups of methods
-_LOST, _ABSENT, _GRID = "#F0C64A", "#ECECEC", "#DDDDDD"
+_LOST, _BROKEN, _ABSENT, _GRID = "#F0C64A", "#5B2333", "#ECECEC", "#DDDDDD"
 _STYLE: dict[Any, Any] = {
   "font.family": "DejaVu Sans",
   "font.size": 10,
@@ -438,7 +438,7 @@ def _presence(figure: Figure, run: Run) -> bool:
   order = np.concatenate([np.flatnonzero(dropped), np.flatnonzero(~dropped)])
   figure.set_size_inches(9, np.clip(1.8 + 0.16 * ids.size, 3, 6.5))
   axes = figure.subplots()
-  colors = np.array([to_rgb(color) for color in (_ABSENT, _LOST, PRESENT)])
+  colors = np.array([to_rgb(color) for color in (_ABSENT, _LOST, PRESENT, _BROKEN)])
   # As colours, not as values: where rounds or clients outnumber pixels, a pixel is the mean of what it covers.
   axes.imshow(colors[presence.T[order]], aspect="auto", extent=(0.5, len(presence) + 0.5, ids.size - 0.5, -0.5))
   boundary = dropped.sum() - 0.5
@@ -464,10 +464,11 @@ def _presence(figure: Figure, run: Run) -> bool:
   for color, label in (
     (PRESENT, "took part"),
     (_LOST, "took part, upload lost"),
+    *([(_BROKEN, "upload not finite, not used")] if (presence == 3).any() else []),
     (_ABSENT, "nothing due" if run.summary.get("time") else "did not take part"),
   ):
     axes.bar([0], [np.nan], color=color, label=label)
-  axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=9)
+  axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=9)
   return True
 
 

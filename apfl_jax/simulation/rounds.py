@@ -62,7 +62,7 @@ class RoundMetrics(NamedTuple):
     present: int32 [], clients that started.
     arrived: int32 [], uploads that the server got.
     ids: int32 [K], the cohort.
-    status: uint8 [K], 0 nobody, 1 took part but its upload was lost, 2 arrived.
+    status: uint8 [K], 0 nobody, 1 took part but its upload was lost, 2 arrived, 3 came and was not finite, so not used.
   """
 
   present: Array
@@ -341,7 +341,7 @@ def simulator(
     # In the order in which the cohort was drawn: what a server does one after another must not begin with the largest.
     in_order = jax.tree.map(lambda x: x[drawn], (kept, cohort.ids, arrived, cohort.staleness))
     server = aggregated(algorithm, state.server, Received(total, weight, *in_order), inputs.seed, now)
-    status = (cohort.ok.astype(jnp.uint8) + arrived).astype(jnp.uint8)
+    status = _status(cohort, arrived)
     happened = RoundMetrics(jnp.sum(cohort.ok), jnp.sum(arrived), cohort.ids, status)
     return state._replace(round=now + 1, server=server, history=history), happened
 
@@ -375,7 +375,7 @@ def simulator(
 
     server, history, done = jax.lax.fori_loop(0, count, arrival, (state.server, history, done))
     arrived = results[-1]
-    status = (cohort.ok.astype(jnp.uint8) + arrived).astype(jnp.uint8)[place]
+    status = _status(cohort, arrived)[place]
     happened = RoundMetrics(count, jnp.sum(arrived), cohort.ids[place], status)
     state = state._replace(round=state.round + work.ends[batch], server=server, history=history)
     return state, done, happened
@@ -581,6 +581,12 @@ def _verified(answer: Callable[[Array], Any], inputs: Inputs) -> Array | tuple[(
 
 def _at(span: Span, row: Array) -> Span:
   return Span(span.start[row], span.size[row])
+
+
+def _status(cohort: Cohort, arrived: Array) -> Array:
+  """See `RoundMetrics`."""
+  came = jnp.where(arrived, 2, jnp.where(cohort.arrives, 3, 1))
+  return jnp.where(cohort.ok, came, 0).astype(jnp.uint8)
 
 
 def _finite(tree: PyTree) -> Array:

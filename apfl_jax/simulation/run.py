@@ -32,7 +32,7 @@ class Record(NamedTuple):
     timings: a dict per chunk of rounds.
     present: a number a round, visits computed: those begun, on a clock those that were waited for.
     arrived: a number a round, uploads that arrived.
-    presence: a string a round, a digit for each of `presence_ids`: 0 absent, 1 upload lost, 2 arrived.
+    presence: a string a round, a digit for each of `presence_ids`: 0 absent, 1 upload lost, 2 arrived, 3 not finite.
   """
 
   metrics: list[dict[str, Any]]

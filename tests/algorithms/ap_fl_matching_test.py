@@ -39,7 +39,7 @@ def test_clients_send_sums_of_products_and_of_features_under_untrained_networks(
   task = make_task()
   client, images, labels = examples()
   params = jax.jit(task.model.init)(jax.random.key(0))
-  sums = jax.jit(lambda data: statistics.sums_by_class(task, params, data, to_match=True))(client)
+  sums = jax.jit(lambda data: statistics.sums_by_class(task, params, data, products=True, untrained=True))(client)
   products, features, squares = real_sums(task, images, labels)
   mean = jax.tree.map(lambda x: x / jnp.maximum(sums.counts, 1.0).reshape(-1, *[1] * (x.ndim - 1)), sums)
   np.testing.assert_allclose(mean.products, products, rtol=1e-3, atol=1e-3)
@@ -55,10 +55,8 @@ def test_images_start_with_the_mean_image_and_the_covariance_of_the_coefficients
   shape, count = (16, 16, 1), 6000
   mixing = rng.normal(size=(2, 64, 3)) / 60
   middle = rng.uniform(0.4, 0.6, (2, *shape)).astype(np.float32)  # with detail that coefficients do not hold
-  low = np.stack([scipy.fft.dctn(image[..., 0], norm="ortho")[:8, :8].ravel() for image in middle])
   covariance = np.einsum("ckr,clr->ckl", mixing, mixing)  # of rank 3: singular
-  products = covariance + np.einsum("ck,cl->ckl", low, low)
-  given = jnp.asarray(middle), jnp.asarray(products, jnp.float32)
+  given = jnp.asarray(middle), jnp.asarray(covariance, jnp.float32)
   images = np.asarray(jax.jit(lambda key: matching.start(*given, count, key))(jax.random.key(0)))
   assert images.shape == (2, count, *shape) and images.min() > 0 and images.max() < 1
   np.testing.assert_allclose(images.mean(1), middle, atol=3e-3)
@@ -78,7 +76,9 @@ def test_matching_brings_class_moments_of_features_to_those_of_real_examples():
   def made(key):
     """Images as they start and matched, and the moments of their features."""
     params = task.model.init(key)
-    sums = jax.tree.map(lambda x: 1e4 * x, statistics.sums_by_class(task, params, client, to_match=True))  # of many
+    sums = jax.tree.map(
+      lambda x: 1e4 * x, statistics.sums_by_class(task, params, client, products=True, untrained=True)
+    )  # of many
     found = []
     for steps in (0, 60):
       images = matching.match(
@@ -110,7 +110,7 @@ def test_the_teacher_makes_images_recognisable():
       logits = training.predict(task.model, teacher, images).logits
       return training.cross_entropy(logits, jax.nn.one_hot(label, C))
 
-    sums = statistics.sums_by_class(task, teacher, client, to_match=True)
+    sums = statistics.sums_by_class(task, teacher, client, products=True, untrained=True)
     images = matching.match(task, sums, of, matching.Settings(8, 40, 0.01, weight), key)
     return jnp.mean(of(images.reshape(-1, *SHAPE), jnp.repeat(jnp.arange(C), 8)).reshape(C, 8), axis=1)
 

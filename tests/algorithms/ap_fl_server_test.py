@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.fft
 
 from apfl_jax import algorithms, data, nn, semantics, training
 from apfl_jax.algorithms.ap_fl import generation, matching, projections, server, sources, statistics
@@ -41,10 +42,14 @@ def examples() -> tuple[Data, np.ndarray, np.ndarray]:
 
 def known(task: Task, images=None, labels=None) -> statistics.Statistics:
   """What a server of tier s2 knows of some examples."""
-  sums = statistics.no_sums(task)
+  sums = statistics.no_sums(task, products=True)
   if images is not None:
-    hot = np.eye(C, dtype=np.float32)[labels]
-    sums = sums._replace(counts=hot.sum(0), images=statistics.class_sums(jnp.asarray(hot), jnp.asarray(images)))
+    hot, images = jnp.eye(C)[labels], jnp.asarray(images)
+    sums = sums._replace(
+      counts=jnp.sum(hot, axis=0),
+      images=statistics.class_sums(hot, images),
+      products=projections.products(hot, images),
+    )
   return statistics.Statistics((), often(sums))
 
 
@@ -168,7 +173,7 @@ def test_variances_of_few_examples_are_drawn_towards_that_of_all():
   images = (rng.uniform(size=(313, *SHAPE)) * (1 + labels[:, None, None, None]) / 4).astype(np.float32)
   task, hot = make_task(), jnp.eye(C)[labels]
   low = np.asarray(projections.coefficients(jnp.asarray(images)))
-  sums = statistics.no_sums(task, to_match=True)._replace(
+  sums = statistics.no_sums(task, products=True, untrained=True)._replace(
     counts=jnp.sum(hot, axis=0),
     images=statistics.class_sums(hot, jnp.asarray(images)),
     products=projections.products(hot, jnp.asarray(images)),
@@ -245,6 +250,39 @@ def test_class_distance_is_the_mean_over_classes_of_their_own():
   pairs = (made, real), (np.asarray(taps(made)[0]), np.asarray(taps(real)[0]))
   expected = np.mean([sum(gap(a[labels == c], b[real_labels == c]) for a, b in pairs) for c in (1, 2)])
   assert float(got) == pytest.approx(expected, rel=1e-3)
+
+
+def test_covariance_distance_has_the_right_mean_whatever_the_batch():
+  """Of few pairs of a class, over many batches, against covariances of all the samples there are."""
+  task = make_task()
+  rng = np.random.default_rng(2)
+  count, batches, pairs = 400, 3000, 9
+  labels = np.repeat([0, 1, 3], count)  # 2 has no real example
+  spread = 1 + rng.uniform(size=(C, 1, *SHAPE[1:]))  # rows of pixels vary together
+  draw = lambda c, tone: np.clip(0.5 + 0.1 * rng.normal(size=(count, SHAPE[0], 1, 1)) * spread[c] * tone, 0, 1)
+  real = np.concatenate([draw(c, 1.0) for c in (0, 1, 3)]).astype(np.float32)
+  made = np.stack([draw(c, 1.0 + 0.3 * c) for c in range(C)]).astype(np.float32)
+  sums = known(task, real, labels).classes
+  label = jnp.asarray([0, 0, 0, 1, 1, 1, 2, 2, 3], jnp.int32)  # one pair of 3: it cannot count, nor can 2
+
+  @jax.jit
+  def mean(key):
+    def one(key):
+      first, second = jax.random.randint(key, (2, pairs), 0, count)
+      return generation.covariance_distance(sums, label, made[label, first], made[label, second])
+
+    return jnp.mean(jax.lax.map(one, jax.random.split(key, batches)))
+
+  made = jnp.asarray(made)
+  low = lambda images: scipy.fft.dctn(np.asarray(images)[..., 0], axes=(1, 2), norm="ortho")[:, :8, :8].reshape(
+    count, -1
+  )
+  expected = []
+  for c in (0, 1):
+    mine, theirs = np.cov(low(made[c]).T, ddof=0), np.cov(low(real[labels == c]).T, ddof=0)
+    expected.append(((mine - theirs) ** 2).sum() / (theirs**2).sum())
+  assert float(mean(jax.random.key(0))) == pytest.approx(np.mean(expected), rel=0.1, abs=0.01)
+  assert np.mean(expected) > 0.05
 
 
 def test_the_adversarial_loss_rewards_what_the_teacher_knows_and_the_student_does_not():
@@ -324,8 +362,8 @@ def test_losses_of_tier_s2_and_of_the_student_are_in_the_total():
   _, real, labels = examples()
 
   @jax.jit
-  def losses(by_class, adversarial):
-    """The loss at two weights, and what both terms are."""
+  def losses(by_class, covariance, adversarial):
+    """The loss at three weights, and what the terms are."""
     teacher, student = (task.model.init(jax.random.key(s)) for s in (2, 3))
     rows = generation.draw_rows(task.embeddings, jnp.ones(C), jnp.bool_(False), 20, jax.random.key(4))
     real_taps = task.model.base(teacher.base, jnp.asarray(real))[1]
@@ -334,15 +372,18 @@ def test_losses_of_tier_s2_and_of_the_student_are_in_the_total():
     features, taps = task.model.base(teacher.base, images)
     guess = training.predict(task.model, student, images).logits
     logits = task.model.head(teacher.head, features)
-    weights, facts = {"by_class": by_class, "adversarial": adversarial}, statistics.Statistics((), sums)
+    weights = {"by_class": by_class, "covariance": covariance, "adversarial": adversarial}
+    facts = statistics.Statistics((), sums)
     return (
       drawn_loss(task, source, (), teacher, rows, weights=weights, statistics=facts, student=student),
       generation.class_distance(source, sums, seen, images, taps),
+      generation.covariance_distance(sums, rows.label[0:12:2], images[0:12:2], images[1:12:2]),
       generation.adversarial(logits, guess, rows.label, rows.seen > 0, jnp.ones(C, bool)),
     )
 
-  (plain, *terms), (first, *_), (second, *_) = losses(0.0, 0.0), losses(2.0, 0.0), losses(0.0, 2.0)
-  for total, term in zip((first, second), terms, strict=True):
+  plain, *terms = losses(0.0, 0.0, 0.0)
+  for place, term in enumerate(terms):
+    total, *_ = losses(*(2.0 * (np.arange(3) == place)))
     assert abs(float(term)) > 1e-4
     assert float(total - plain) == pytest.approx(2 * float(term), rel=1e-3)
 

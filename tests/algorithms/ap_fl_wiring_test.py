@@ -217,7 +217,7 @@ def test_moments_are_of_the_model_that_the_client_has_trained():
 
 # --- a round of the semantic generator of images ----------------------------------------------------------------------
 
-WEIGHTS = ("statistics", "class", "diversity", "semantic", "variation", "adversarial", "memory")
+WEIGHTS = ("statistics", "class", "covariance", "diversity", "semantic", "variation", "adversarial", "memory")
 IMAGE = {"generator_batch": 40, "generator_steps": 1, "generator_learning_rate": 0.05, "generator_warmup": 0.0}
 OFF = {f"lambda_{name}": 0.0 for name in WEIGHTS} | {"film_after": 1.0, "unseen_warmup": 1.0}
 TABLE = jnp.asarray(semantics.normalise(np.random.default_rng(0).normal(size=(tasks.NUM_CLASSES, 3))))
@@ -271,6 +271,15 @@ def test_each_weight_reaches_the_loss_of_a_round(name):
   assert (term < -1e-3) if name == "adversarial" else (term > 1e-3)
   assert float(thrice.least - none.least) == pytest.approx(3 * term, rel=1e-2)
   assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), once.params, none.params)))
+
+
+def test_no_two_weights_are_mistaken_for_each_other(monkeypatch):
+  found = []
+  federated = server.federated
+  monkeypatch.setattr(server, "federated", lambda *given: found.append(given[-1].weights) or federated(*given))
+  given = {name: float(number) for number, name in enumerate(WEIGHTS, 1)}
+  algorithms.ap_fl(linear.task(), friend_steps=0, **{f"lambda_{name}": value for name, value in given.items()})
+  assert found[0]._asdict() == {"by_class" if name == "class" else name: value for name, value in given.items()}
 
 
 def test_the_generator_is_asked_for_unseen_classes_from_their_round_on():
@@ -373,7 +382,7 @@ def test_the_global_model_draws_matched_images_to_their_class():
       total=Sent(
         jax.tree.map(jnp.zeros_like, server.params),
         jax.tree.map(jnp.ones_like, server.statistics.layers),
-        statistics.sums_by_class(task, server.params, client, to_match=True),
+        statistics.sums_by_class(task, server.params, client, products=True, untrained=True),
       ),
       weight=jnp.float32(1),
       kept=Kept(jnp.float32(held)[None], jnp.zeros(1, jnp.int32)),

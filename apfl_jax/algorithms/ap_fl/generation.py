@@ -5,6 +5,7 @@ variation). The teacher is frozen; no example is read. A generator of features h
 variation and shifted copies, with the features themselves as the layer whose statistics are compared.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apfl_jax import random
+from apfl_jax.algorithms.ap_fl import projections
 from apfl_jax.algorithms.ap_fl.sources import Source
 from apfl_jax.algorithms.ap_fl.statistics import ByClass, Statistics, class_sums, distance, layer_sums, moments
 from apfl_jax.training import cross_entropy, max_shift, shift
@@ -21,13 +23,14 @@ _SOFT = 10.0  # temperature of L_adv, as in the code of DFDG [C]
 
 
 class Weights(NamedTuple):
-  """Of the generator's losses, float32 [] each; the last three bite where tier s2, a student or a memory is there."""
+  """Of the generator's losses, float32 [] each; the last four bite where tier s2, a student or a memory is there."""
 
   statistics: Array | float
   diversity: Array | float
   semantic: Array | float
   variation: Array | float
   by_class: Array | float = 0.0
+  covariance: Array | float = 0.0
   adversarial: Array | float = 0.0
   memory: Array | float = 0.0
 
@@ -125,7 +128,7 @@ def generator_loss(
   student: Params | tuple[()] = (),
   past: Past | tuple[()] = (),
 ) -> Array:
-  """L = L_ce + weights . (L_st, L_div, L_sem, L_tv, L_class, L_adv, L_mem) for one batch, [].
+  """L = L_ce + weights . (L_st, L_div, L_sem, L_tv, L_class, L_cov, L_adv, L_mem) for one batch, [].
 
   Args:
     task: the task.
@@ -135,7 +138,7 @@ def generator_loss(
     rows: what is asked for.
     key: consumed.
     weights: of the losses.
-    statistics: of real data; those of tiers that are not there leave L_st or L_class out.
+    statistics: of real data; those of tiers that are not there leave L_st or L_class and L_cov out.
     classes: bool [C], the classes of the teacher's softmax: seen ones, and unseen ones while they are asked for.
     student: the model that L_adv finds samples against; () leaves it out.
     past: what teaches classes whose holders left; () leaves L_mem out.
@@ -178,12 +181,15 @@ def generator_loss(
   features, logits, taps = features[:size], logits[:size], jax.tree.map(lambda x: x[:size], taps)
   if statistics.layers:
     loss += weights.statistics * distance(moments(source.layers(made, features, taps), present), statistics.layers)
+  pairs, _, _ = _parts(size)
+  first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)  # rows that share a label
   if isinstance(statistics.classes, ByClass):
     loss += weights.by_class * class_distance(source, statistics.classes, one_hot * rows.seen[:, None], made, taps)
+    if source.products:
+      apart = covariance_distance(statistics.classes, rows.label[first], made[first], made[second])
+      loss += weights.covariance * apart
 
-  # Mode seeking (Mao et al. 2019) on the same-label pairs, with means in place of norms so that size drops out.
-  pairs, _, _ = _parts(size)
-  first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+  # Mode seeking (Mao et al. 2019) on these pairs, with means in place of norms so that size drops out.
   moved = jnp.mean(jnp.abs(made[first] - made[second]).reshape(pairs, -1), axis=1)
   spread = jnp.mean(jnp.abs(noise[first] - noise[second]), axis=1)
   loss += weights.diversity * jnp.mean(1.0 / (moved / spread + 0.01))
@@ -226,6 +232,35 @@ def class_distance(source: Source, real: ByClass, one_hot: Array, made: Array, t
     return distance(found, (wanted.features,), weights)
   layers = distance(over(layer_sums(one_hot, taps)), wanted.layers, weights)
   return distance(found, (wanted.images,), weights) + layers
+
+
+def covariance_distance(real: ByClass, label: Array, first: Array, second: Array) -> Array:
+  """L_cov (tier s2) [O], []: |S - S'|^2 / |S'|^2 between covariances of lowest cosine coefficients.
+
+  A mean over classes, where at least two pairs of a batch ask for one; S' is that of real examples. L_class compares
+  variances pixel by pixel, which blots anywhere can have; what varies together is what it misses. A batch has few
+  samples of a class for so large a matrix, so S is not estimated. With d and e the differences of two pairs of
+  samples over sqrt 2, E (d . e)^2 = |S|^2 and E d' S' d = tr S S', so that the square is without bias.
+
+  Args:
+    real: sums of real data, with products.
+    label: int32 [P], the class of a pair.
+    first: images [P, height, width, channels].
+    second: others of the same classes.
+  """
+  wanted = real.estimated.covariances
+  low = projections.coefficients(first - second) / np.sqrt(2)
+  one_hot = jax.nn.one_hot(label, len(wanted))
+  of_class = lambda each: jnp.sum(one_hot * each[:, None], axis=0)
+  pairs, norm = jnp.sum(one_hot, axis=0), jnp.maximum(jnp.sum(wanted**2, axis=(1, 2)), 1e-6)
+  exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+  other = (label[:, None] == label) & ~jnp.eye(len(label), dtype=bool)
+  square = of_class(jnp.sum(jnp.where(other, exact("pk,qk->pq", low, low) ** 2, 0.0), axis=1))
+  square /= jnp.maximum(pairs * (pairs - 1), 1.0)
+  product = of_class(exact("pk,pkl,pl->p", low, wanted[label], low)) / jnp.maximum(pairs, 1.0)
+  counted = (pairs > 1) & (real.counts > 0)
+  apart = (square - 2 * product + norm) / norm
+  return jnp.sum(jnp.where(counted, apart, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
 
 
 def adversarial(taught: Array, guess: Array, label: Array, counted: Array, classes: Array) -> Array:

@@ -49,11 +49,11 @@ def match(
     key: consumed.
   """
   real, weights = sums.estimated, (sums.counts > 0).astype(jnp.float32)
-  assert isinstance(real.untrained, Moments) and not isinstance(real.products, tuple)
+  assert isinstance(real.untrained, Moments)
   wanted, networks = real.untrained, projections.networks(task)
   label = task.spread(jnp.repeat(jnp.arange(task.num_classes), settings.size))
   share = jnp.repeat(weights, settings.size) / jnp.maximum(settings.size * jnp.sum(weights), 1.0)
-  images = start(real.images.mean, real.products, settings.size, key)
+  images = start(real.images.mean, real.covariances, settings.size, key)
   adam = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, max(settings.steps, 1)))
 
   def step(i, carry):
@@ -76,18 +76,17 @@ def match(
   return images
 
 
-def start(mean: Array, products: Array, size: int, key: Key) -> Array:
+def start(mean: Array, covariances: Array, size: int, key: Key) -> Array:
   """Images float32 [C, size, height, width, channels] in [0, 1]: mean images plus normal coefficients.
 
   Args:
     mean: float32 [C, height, width, channels], of real images.
-    products: float32 [C, K, K], the mean products of their coefficients.
+    covariances: float32 [C, K, K], of their coefficients.
     size: images of a class.
     key: consumed.
   """
-  middle = projections.coefficients(mean)
-  values, vectors = jnp.linalg.eigh(products - middle[:, :, None] * middle[:, None, :])
+  values, vectors = jnp.linalg.eigh(covariances)
   roots = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[:, None, :]  # of few examples the covariance is singular
-  noise = jnp.einsum("ckl,cnl->cnk", roots, jax.random.normal(key, (len(mean), size, middle.shape[1])))
-  moved = projections.smooth(noise.reshape(-1, middle.shape[1]), mean.shape[1:])
+  noise = jnp.einsum("ckl,cnl->cnk", roots, jax.random.normal(key, (len(mean), size, values.shape[1])))
+  moved = projections.smooth(noise.reshape(-1, values.shape[1]), mean.shape[1:])
   return jnp.clip(mean[:, None] + moved.reshape(len(mean), size, *mean.shape[1:]), 0.0, 1.0)

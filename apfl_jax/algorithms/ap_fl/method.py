@@ -44,6 +44,7 @@ def ap_fl(
   generator_decay: Share = 0.99,
   lambda_statistics: Weight = 1.0,
   lambda_class: Weight = 1.0,
+  lambda_covariance: Weight = 1.0,
   lambda_diversity: Weight = 0.02,
   lambda_semantic: Weight = 0.5,
   lambda_variation: Weight = 1.0,
@@ -110,6 +111,7 @@ def ap_fl(
     generator_decay: of the moving average of its parameters.
     lambda_statistics: weight of L_st; tiers s1 and s2.
     lambda_class: weight of L_class; tier s2.
+    lambda_covariance: weight of L_cov, how pixels vary together class by class; source 'image', tier s2.
     lambda_diversity: weight of L_div.
     lambda_semantic: weight of L_sem; needs an anchored head.
     lambda_variation: weight of total variation beyond .16; images only.
@@ -246,6 +248,7 @@ def ap_fl(
         semantic=lambda_semantic,
         variation=lambda_variation,
         by_class=lambda_class,
+        covariance=lambda_covariance,
         adversarial=lambda_adversarial,
         memory=lambda_memory,
       ),

@@ -42,6 +42,7 @@ class Source(NamedTuple):
     match: (Statistics, the teacher's loss, key) -> `Matched`, which the server makes once, in the last round; None if
       it makes none.
     image_moments: whether images are the first layer that L_st compares, pixel by pixel.
+    products: whether it needs products of cosine coefficients class by class, see `ByClass`.
   """
 
   images: bool
@@ -53,6 +54,7 @@ class Source(NamedTuple):
   sample: Callable[[PyTree, Array, Key], Array]
   match: Callable[[Statistics, TeacherLoss, Key], PyTree] | None = None
   image_moments: bool = False
+  products: bool = False
 
   def layers(self, images: Array, features: Array, taps: tuple[Array, ...]) -> tuple[Array, ...]:
     """What moments are taken of, [B, ..., channels] each, from images [B, ...] and what a base makes of them."""
@@ -116,7 +118,8 @@ def source(task: Task, name: str, settings: matching.Settings | None = None, *, 
       return Matched(bank(matching.match(task, _classes(statistics), teacher_loss, settings, key)), jnp.bool_(True))
 
     ship = lambda weights, statistics: weights.bank
-    return banked(nothing._replace(images=True, trusted="measured", init=blank, ship=ship, match=match))
+    matched = nothing._replace(images=True, trusted="measured", init=blank, ship=ship, match=match, products=True)
+    return banked(matched)
   images = name != "feature"
   meaning = task.embeddings.shape[1]
   generator = nn.generator(shape, meaning) if images else nn.feature_generator(meaning, size, coded=True)
@@ -128,7 +131,17 @@ def source(task: Task, name: str, settings: matching.Settings | None = None, *, 
   learns = name != "untrained"
   ship = lambda weights, statistics: weights
   trusted = "measured" if learns else "wholly"
-  return Source(images, generator, learns, trusted, generator.init, ship, sample, image_moments=image_moments)
+  return Source(
+    images,
+    generator,
+    learns,
+    trusted,
+    generator.init,
+    ship,
+    sample,
+    image_moments=image_moments,
+    products=images and learns,
+  )
 
 
 def class_images(statistics: Statistics) -> Moments:

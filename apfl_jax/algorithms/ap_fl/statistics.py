@@ -3,8 +3,9 @@
   s0  nothing: the server knows models alone. Labels are not hidden by that, see `held_classes`
   s1  label histograms and the channel moments of pre-activations (as networks with BatchNorm give away [M]); if asked
       for, also the mean and the second moment of images, all classes together (`image_moments`)
-  s2  also sums of features and of images, and of their squares, class by class; for images matched to them (`matching`)
-      also sums of products of images' lowest cosine coefficients, and of features under networks that nobody trained
+  s2  also sums of features and of images, and of their squares, class by class; for a source that compares images with
+      them also sums of products of their lowest cosine coefficients, for `matching` also of features under networks
+      that nobody trained
 
 Sums and not means are sent, so that a mean over clients is that over their examples.
 """
@@ -56,6 +57,13 @@ class ByClass(NamedTuple):
   images: Moments
   products: Array | tuple[()] = ()
   untrained: Moments | tuple[()] = ()
+
+  @property
+  def covariances(self) -> Array:
+    """float32 [C, K, K], of an image's coefficients, from moments of an example, see `estimated`."""
+    assert not isinstance(self.products, tuple)
+    low = projections.coefficients(self.images.mean)
+    return self.products - low[:, :, None] * low[:, None, :]
 
   @property
   def estimated(self) -> "ByClass":
@@ -127,44 +135,43 @@ def layer_sums(one_hot: Array, taps: tuple[Array, ...]) -> tuple[Moments, ...]:
   return tuple(of(tap) for tap in taps)
 
 
-def sums_by_class(task: Task, params: Params, data: Data, *, to_match: bool = False) -> ByClass:
-  """Of a client's training examples, without augmentation; `to_match`: with what images are matched to."""
-  drawn = projections.networks(task) if to_match else None
+def sums_by_class(
+  task: Task, params: Params, data: Data, *, products: bool = False, untrained: bool = False
+) -> ByClass:
+  """Of a client's training examples, without augmentation; with `products` and `untrained`, see `ByClass`, if asked."""
+  drawn = projections.networks(task) if untrained else None
 
   def of(batch: training.Batch) -> ByClass:
     one_hot = jnp.where(batch.mask[:, None] > 0, batch.targets, 0.0)
-    return _sums(task, params, drawn, one_hot, batch.images)
+    return _sums(task, params, drawn, one_hot, batch.images, products)
 
   def add(i: Array, total: ByClass) -> ByClass:
     batch = training.gather(data.store, data.train, i * _BLOCK + jnp.arange(_BLOCK), task.num_classes)
     return jax.tree.map(jnp.add, total, of(batch))
 
-  return jax.lax.fori_loop(0, (data.train.size + _BLOCK - 1) // _BLOCK, add, no_sums(task, to_match=to_match))
+  nothing = no_sums(task, products=products, untrained=untrained)
+  return jax.lax.fori_loop(0, (data.train.size + _BLOCK - 1) // _BLOCK, add, nothing)
 
 
-def no_sums(task: Task, *, to_match: bool = False) -> ByClass:
+def no_sums(task: Task, *, products: bool = False, untrained: bool = False) -> ByClass:
   """Of no examples."""
 
   def of(key: Key, images: Array) -> ByClass:
-    drawn = projections.networks(task) if to_match else None
-    return _sums(task, task.model.init(key), drawn, jnp.zeros((1, task.num_classes)), images)
+    drawn = projections.networks(task) if untrained else None
+    return _sums(task, task.model.init(key), drawn, jnp.zeros((1, task.num_classes)), images, products)
 
   return _zeros(of, task)
 
 
-def _sums(task: Task, params: Params, drawn: Params | None, one_hot: Array, images: Array) -> ByClass:
+def _sums(task: Task, params: Params, drawn: Params | None, one_hot: Array, images: Array, products: bool) -> ByClass:
   features, taps = task.model.base(params.base, images)
-  sums = ByClass(
+  return ByClass(
     counts=jnp.sum(one_hot, axis=0),
     layers=layer_sums(one_hot, taps),
     features=class_sums(one_hot, features),
     images=class_sums(one_hot, images),
-  )
-  if drawn is None:
-    return sums
-  return sums._replace(
-    products=projections.products(one_hot, images),
-    untrained=class_sums(one_hot, projections.features(task, drawn, images)),
+    products=projections.products(one_hot, images) if products else (),
+    untrained=() if drawn is None else class_sums(one_hot, projections.features(task, drawn, images)),
   )
 
 
