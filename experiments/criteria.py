@@ -538,7 +538,12 @@ _SOURCES = {
 }
 
 
-_FRONTS: dict[str, dict[str, Any]] = {"ap_fl": {}, "ap_fl, matched": _SOURCES["matched"]}
+_AT_S2 = "ap_fl, tier s2"
+_FRONTS: dict[str, dict[str, Any]] = {
+  "ap_fl": {},
+  _AT_S2: {"ap_fl_tier": "s2"},
+  "ap_fl, matched": _SOURCES["matched"],
+}
 
 
 def _front_variants(few: bool) -> dict[Variant, tuple[str, str]]:
@@ -606,12 +611,15 @@ def a11(evidence: Evidence) -> list[Row]:
       for name in _FRONTS:
         rows += _ahead(name, methods, rivals, group)
     methods = fronts.by_method(points_of)
-    for source in _SOURCES:
-      mine, theirs = methods.get("ap_fl", []), methods.get(_sampled(source), [])
-      alike = [point for point in mine if point.variant in {other.variant for other in theirs}]
-      pair = fronts.lead(alike, theirs, [point for each in methods.values() for point in each])
-      more = f"the trained generator is worth more than samples of kind {source}"
-      rows.append(_front_line(more, f"{who}, there: > 0", pair, decide(pair, 0.0, strict=True)))
+    of_s2 = [source for source, changes in _SOURCES.items() if changes.get("ap_fl_tier") == "s2"]
+    for name, others in (("ap_fl", _SOURCES), (_AT_S2, of_s2)):
+      for source in others:
+        mine, theirs = methods.get(name, []), methods.get(_sampled(source), [])
+        alike = [point for point in mine if point.variant in {other.variant for other in theirs}]
+        pair = fronts.lead(alike, theirs, [point for each in methods.values() for point in each])
+        at = " at tier s2" if name == _AT_S2 else ""
+        more = f"the trained generator{at} is worth more than samples of kind {source}"
+        rows.append(_front_line(more, f"{who}, there: > 0", pair, decide(pair, 0.0, strict=True)))
   return rows
 
 
