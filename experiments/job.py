@@ -361,9 +361,8 @@ def run(config: Config, programs: Programs | None = None) -> dict[str, Any]:
   if not any(result.record.arrived):
     why = "nobody was there, or uploads were lost, late or not finite"
     print(f"no upload arrived in any round ({why}): the global model is the initial one", file=sys.stderr)
-  if broken := sum(line.count("3") for line in result.record.presence):
-    part = "" if len(result.presence_ids) == config.num_clients else f" of {len(result.presence_ids):,} clients"
-    uploads = report.tables.counted(broken, "upload") + part
+  if broken := sum(result.record.broken):
+    uploads = report.tables.counted(broken, "upload")
     print(f"note: {uploads} held numbers that are not finite, and counted as lost", file=sys.stderr)
   for name, least in config.least_uploads().items():
     if few := sum(0 < number < least for number in result.record.arrived):

@@ -221,6 +221,8 @@ def _caption(name: str, run: runs.Run) -> tuple[str, str]:
       "was lost, the server learned nothing from it. Without colour nothing was due: the client was away, was not "
       "picked, was still at work or was cut off."
     )
+  if name == "presence" and (run.arrays["presence"] == 3).any():
+    text += " Dark: an upload with numbers that are not finite, which was not used."
   return heading, text
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apfl_jax.simulation.batches import Plan
-from apfl_jax.simulation.rounds import Inputs, RoundMetrics, Simulator
+from apfl_jax.simulation.rounds import ARRIVED, Inputs, RoundMetrics, Simulator
 from apfl_jax.simulation.staging import Staging
 from apfl_jax.types import State
 
@@ -79,4 +79,4 @@ def _by_round(plan: Plan, happened: RoundMetrics, begin: int, end: int) -> Round
     count = np.count_nonzero(there)
     ids[number, :count] = happened.ids[first:last][there]
     status[number, :count] = happened.status[first:last][there]
-  return RoundMetrics(np.sum(status > 0, axis=1), np.sum(status == 2, axis=1), ids, status)  # type: ignore[arg-type]
+  return RoundMetrics(np.sum(status > 0, axis=1), np.sum(status == ARRIVED, axis=1), ids, status)  # type: ignore[arg-type]

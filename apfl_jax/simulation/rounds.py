@@ -55,6 +55,9 @@ class Inputs(NamedTuple):
   held_out: HeldOut | tuple[()] = ()
 
 
+LOST, ARRIVED, BROKEN = 1, 2, 3  # what became of an upload; 0 is nobody's
+
+
 class RoundMetrics(NamedTuple):
   """What happened in a round.
 
@@ -62,7 +65,7 @@ class RoundMetrics(NamedTuple):
     present: int32 [], clients that started.
     arrived: int32 [], uploads that the server got.
     ids: int32 [K], the cohort.
-    status: uint8 [K], 0 nobody, 1 took part but its upload was lost, 2 arrived, 3 came and was not finite, so not used.
+    status: uint8 [K], 0 nobody, 1 took part but its upload was lost, 2 arrived, 3 came and was not finite: not used.
   """
 
   present: Array
@@ -585,7 +588,7 @@ def _at(span: Span, row: Array) -> Span:
 
 def _status(cohort: Cohort, arrived: Array) -> Array:
   """See `RoundMetrics`."""
-  came = jnp.where(arrived, 2, jnp.where(cohort.arrives, 3, 1))
+  came = jnp.where(arrived, ARRIVED, jnp.where(cohort.arrives, BROKEN, LOST))
   return jnp.where(cohort.ok, came, 0).astype(jnp.uint8)
 
 

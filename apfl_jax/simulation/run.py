@@ -19,7 +19,7 @@ from apfl_jax.simulation import memory
 from apfl_jax.simulation.batches import Plan
 from apfl_jax.simulation.checkpoints import Checkpoints
 from apfl_jax.simulation.chunks import Chunks
-from apfl_jax.simulation.rounds import Inputs, Scores, Simulator
+from apfl_jax.simulation.rounds import BROKEN, Inputs, Scores, Simulator
 from apfl_jax.simulation.staging import Snapshot, Staging
 from apfl_jax.types import PyTree, State
 
@@ -32,6 +32,7 @@ class Record(NamedTuple):
     timings: a dict per chunk of rounds.
     present: a number a round, visits computed: those begun, on a clock those that were waited for.
     arrived: a number a round, uploads that arrived.
+    broken: a number a round, uploads that were not finite.
     presence: a string a round, a digit for each of `presence_ids`: 0 absent, 1 upload lost, 2 arrived, 3 not finite.
   """
 
@@ -39,6 +40,7 @@ class Record(NamedTuple):
   timings: list[dict[str, Any]]
   present: list[int]
   arrived: list[int]
+  broken: list[int]
   presence: list[str]
 
 
@@ -137,7 +139,7 @@ def run(
   population = federation.id.shape[0]
   rows = _spread(population, eval_clients)
   presence_ids = np.sort(np.asarray(inputs.federation.id)[_spread(population, 256)])
-  record = Record([], [], [], [], [])
+  record = Record([], [], [], [], [], [])
   checkpoints = Checkpoints(directory / "checkpoints") if directory is not None and keeping else None
   found = None
   if trained:
@@ -148,6 +150,10 @@ def run(
     restored_state, snapshot, kept = found
     state, inputs = staging.begin(snapshot)
     state = simulator.place(restored_state._replace(clients=state.clients, times=state.times))
+    if set(kept) != set(Record._fields):
+      raise InputError(
+        f"workdir: {trained or directory} has checkpoints of another version; accepted is another folder"
+      )
     record = Record(**kept)
     on_record(record)
     if chatty:
@@ -222,6 +228,7 @@ def run(
       done += size
       record.present.extend(happened.present.tolist())
       record.arrived.extend(happened.arrived.tolist())
+      record.broken.extend(np.count_nonzero(np.asarray(happened.status) == BROKEN, axis=1).tolist())
       record.presence.extend(_presence(np.asarray(happened.ids), np.asarray(happened.status), presence_ids, population))
       record.timings.append({"round": done, **watch.read()})
       if done < rounds and (due(eval_every, done) or due(personalize_every, done)):

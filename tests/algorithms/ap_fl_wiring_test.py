@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from apfl_jax import algorithms, nn, semantics
-from apfl_jax.algorithms.ap_fl import generation, server, sources, statistics, unseen
+from apfl_jax.algorithms.ap_fl import generation, projections, server, sources, statistics, unseen
 from apfl_jax.algorithms.ap_fl.state import Kept, Sent
 from apfl_jax.types import Generator, LocalSGD, Model, Params, Received, Task
 from tests import linear, tasks
@@ -239,6 +239,9 @@ def image():
     is_moments = lambda x: isinstance(x, statistics.Moments)
     of_one = lambda x: statistics.Moments(0 * x.mean + 1, 0 * x.square + 3) if is_moments(x) else 0 * x + 1
     real = jax.tree.map(of_one, server.statistics, is_leaf=is_moments)
+    low = projections.coefficients(real.classes.images.mean)
+    within = jnp.eye(low.shape[1]) + low[:, :, None] * low[:, None, :]  # a covariance of 1
+    real = real._replace(classes=real.classes._replace(products=within))
     received = Received(
       total=Sent(jax.tree.map(jnp.zeros_like, server.params), real.layers, real.classes),
       weight=jnp.float32(1),
@@ -264,7 +267,7 @@ def image_round(rounds=1, **floats):
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_each_weight_reaches_the_loss_of_a_round(name):
-  """With its sign: all but L_adv, which is at most 0, are distances or their inverse."""
+  """With its sign: all but L_adv, which is at most 0, are distances, estimates of one or their inverse."""
   weigh = lambda weight: image_round(**{f"lambda_{name}": weight})
   none, once, thrice = map(weigh, (0.0, 1.0, 3.0))
   term = float(once.least - none.least)

@@ -162,7 +162,7 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
   confusion[np.arange(classes), np.arange(classes)] += np.where(np.isin(np.arange(classes), monopolistic), 2, 50)
   arrays = {
     "histogram": histogram,
-    "presence": (took_part * np.where(rng.random(took_part.shape) < 0.1, 1, 2)).astype(np.uint8),
+    "presence": (took_part * np.where(rng.random(took_part.shape) < 0.1, 1 + 2 * (followed % 2), 2)).astype(np.uint8),
     "presence_clients": followed.astype(np.int32),
     "seen": ~np.isin(np.arange(classes), monopolistic),
   }

@@ -172,7 +172,8 @@ def test_presence_has_a_row_a_client_and_a_column_a_round(ap_fl):
     for column, kind in enumerate(arrays["presence"][:, list(arrays["presence_clients"]).index(client)]):
       colors.setdefault(int(kind), set()).add(hexadecimal(shown[row, column]))
   assert colors[2] == {plots.PRESENT}
-  assert sorted(map(len, colors.values())) == [1, 1, 1] and len(set.union(*colors.values())) == 3
+  assert sorted(map(len, colors.values())) == [1, 1, 1, 1] and len(set.union(*colors.values())) == 4
+  assert "upload not finite, not used" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

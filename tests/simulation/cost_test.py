@@ -87,7 +87,7 @@ def _result(rows, scored, name):
   Of its `scored` lines the last two made personal models.
   """
   line = lambda i: {"personal_pooled_accuracy": 0.5 if i >= scored - 2 else None}
-  record = Record([line(i) for i in range(scored)], [], [], [3, 0, 2], [])
+  record = Record([line(i) for i in range(scored)], [], [], [3, 0, 2], [], [])
   blank = np.zeros((len(rows), tasks.NUM_CLASSES, tasks.NUM_CLASSES), int)
   times = np.array([3, 0, 1, 0, 0, 1])
   state = State(jnp.int32(3), (), (), jnp.asarray(times), (), ())

@@ -2,7 +2,7 @@
 
 Losses and label sampling: method 2.6 [O] with the recipe of pilot 8.4 [P] (smooth generator, shifted copies, total
 variation). The teacher is frozen; no example is read. A generator of features has the same losses but for total
-variation and shifted copies, with the features themselves as the layer whose statistics are compared.
+variation, shifted copies and L_cov, with the features themselves as the layer whose statistics are compared.
 """
 
 from functools import partial
@@ -240,7 +240,8 @@ def covariance_distance(real: ByClass, label: Array, first: Array, second: Array
   A mean over classes, where at least two pairs of a batch ask for one; S' is that of real examples. L_class compares
   variances pixel by pixel, which blots anywhere can have; what varies together is what it misses. A batch has few
   samples of a class for so large a matrix, so S is not estimated. With d and e the differences of two pairs of
-  samples over sqrt 2, E (d . e)^2 = |S|^2 and E d' S' d = tr S S', so that the square is without bias.
+  samples over sqrt 2, E (d . e)^2 = |S|^2 and E d' S' d = tr S S', so that the square is without bias; of a batch it
+  may be below 0.
 
   Args:
     real: sums of real data, with products.
@@ -248,12 +249,12 @@ def covariance_distance(real: ByClass, label: Array, first: Array, second: Array
     first: images [P, height, width, channels].
     second: others of the same classes.
   """
-  wanted = real.estimated.covariances
+  wanted = real.covariances
   low = projections.coefficients(first - second) / np.sqrt(2)
   one_hot = jax.nn.one_hot(label, len(wanted))
   of_class = lambda each: jnp.sum(one_hot * each[:, None], axis=0)
   pairs, norm = jnp.sum(one_hot, axis=0), jnp.maximum(jnp.sum(wanted**2, axis=(1, 2)), 1e-6)
-  exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+  exact = partial(jnp.einsum, precision=projections.EXACT)
   other = (label[:, None] == label) & ~jnp.eye(len(label), dtype=bool)
   square = of_class(jnp.sum(jnp.where(other, exact("pk,qk->pq", low, low) ** 2, 0.0), axis=1))
   square /= jnp.maximum(pairs * (pairs - 1), 1.0)

@@ -53,7 +53,7 @@ def match(
   wanted, networks = real.untrained, projections.networks(task)
   label = task.spread(jnp.repeat(jnp.arange(task.num_classes), settings.size))
   share = jnp.repeat(weights, settings.size) / jnp.maximum(settings.size * jnp.sum(weights), 1.0)
-  images = start(real.images.mean, real.covariances, settings.size, key)
+  images = start(real.images.mean, sums.covariances, settings.size, key)
   adam = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, max(settings.steps, 1)))
 
   def step(i, carry):

@@ -95,8 +95,8 @@ def ap_fl(
       the last round until sums of their features are those of clients', both without a generator, tier s2; 'untrained'
       and 'noise', controls; 'none'.
     tier: what leaves a client beside its model: 's0', nothing; 's1', label histogram and channel moments of its
-      pre-activations, for L_st; 's2', also sums of images and features by class, for L_class,
-      'class_means' and 'matched'.
+      pre-activations, for L_st; 's2', also sums of images and features by class, for L_class, 'class_means' and
+      'matched', and, with the sources 'image' and 'matched', of products of images' lowest cosine coefficients.
     image_moments: whether the moments are also of images, pixel by pixel and all classes together, as of a first layer;
       source 'image', tiers s1 and s2. Of a client with a single class that is the mean image of a class.
     n_min: training examples that make a class seen; under tier s0, updates that show it.
@@ -111,7 +111,8 @@ def ap_fl(
     generator_decay: of the moving average of its parameters.
     lambda_statistics: weight of L_st; tiers s1 and s2.
     lambda_class: weight of L_class; tier s2.
-    lambda_covariance: weight of L_cov, how pixels vary together class by class; source 'image', tier s2.
+    lambda_covariance: weight of L_cov, how pixels vary together class by class; source 'image', tier s2, whose clients
+      send what it needs also where this is 0.
     lambda_diversity: weight of L_div.
     lambda_semantic: weight of L_sem; needs an anchored head.
     lambda_variation: weight of total variation beyond .16; images only.

@@ -9,7 +9,7 @@ from apfl_jax.types import Array, Params, Task
 NETWORKS = 10  # [P]
 _DRAWN = 2023  # the key that all draw them from
 _SIDE = 8  # coefficients each way [P]
-_EXACT = jax.lax.Precision.HIGHEST  # a covariance is a small difference of large products
+EXACT = jax.lax.Precision.HIGHEST  # a covariance is a small difference of large products
 
 
 def networks(task: Task) -> Params:
@@ -33,18 +33,18 @@ def cosines(length: int) -> np.ndarray:
 def coefficients(images: Array) -> Array:
   """float32 [B, K] of images [B, height, width, channels]: their lowest cosine coefficients, channel by channel."""
   rows, columns = cosines(images.shape[1]), cosines(images.shape[2])
-  low = jnp.einsum("rh,bhwc,sw->brsc", rows, images, columns, precision=_EXACT)
+  low = jnp.einsum("rh,bhwc,sw->brsc", rows, images, columns, precision=EXACT)
   return low.reshape(len(images), -1)
 
 
 def products(one_hot: Array, images: Array) -> Array:
   """Sums float32 [C, K, K] over images of each class of the products of their coefficients; one_hot float32 [B, C]."""
   low = coefficients(images)
-  return jnp.einsum("bc,bk,bl->ckl", one_hot, low, low, precision=_EXACT)
+  return jnp.einsum("bc,bk,bl->ckl", one_hot, low, low, precision=EXACT)
 
 
 def smooth(values: Array, shape: tuple[int, ...]) -> Array:
   """Images [B, *shape] of coefficients [B, K], the others being 0."""
   rows, columns = cosines(shape[0]), cosines(shape[1])
   low = values.reshape(-1, len(rows), len(columns), shape[2])
-  return jnp.einsum("rh,brsc,sw->bhwc", rows, low, columns, precision=_EXACT)
+  return jnp.einsum("rh,brsc,sw->bhwc", rows, low, columns, precision=EXACT)

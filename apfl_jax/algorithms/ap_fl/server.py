@@ -74,7 +74,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
   optimizer = _optimizer(settings)
   warmup = jnp.floor(settings.warmup * task.rounds).astype(jnp.int32)
   patience = settings.memory_patience * task.aggregations
-  asked_sums = {"products": source.products, "untrained": source.match is not None}
+  sums_of = {"products": source.products, "untrained": source.match is not None}
   remembers, reads = settings.memory != "none", settings.unseen.kind != "none"
 
   copied = partial(jax.tree.map, jnp.copy)
@@ -99,7 +99,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       )
     known = Statistics(
       layers=() if tier == "s0" else statistics.no_moments(task, source.layers),
-      classes=statistics.no_sums(task, **asked_sums) if tier == "s2" else (),
+      classes=statistics.no_sums(task, **sums_of) if tier == "s2" else (),
       weight=() if tier == "s0" else jnp.float32(0),
     )
     server = Server(
@@ -148,7 +148,7 @@ def federated(task: Task, source: Source, settings: Settings) -> Algorithm:
       features, taps = model.base(params.base, batch.images)
       layers = statistics.moments(source.layers(batch.images, features, taps), batch.mask)
     if tier == "s2":
-      sums = statistics.sums_by_class(task, params, data, **asked_sums)
+      sums = statistics.sums_by_class(task, params, data, **sums_of)
       by_class = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-12), sums)
     kept = Kept(histogram, visit.round, params if settings.keep_models else ())
     return client, Upload(Sent(delta, layers, by_class), weight, kept)

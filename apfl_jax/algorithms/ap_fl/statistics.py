@@ -3,9 +3,9 @@
   s0  nothing: the server knows models alone. Labels are not hidden by that, see `held_classes`
   s1  label histograms and the channel moments of pre-activations (as networks with BatchNorm give away [M]); if asked
       for, also the mean and the second moment of images, all classes together (`image_moments`)
-  s2  also sums of features and of images, and of their squares, class by class; for a source that compares images with
-      them also sums of products of their lowest cosine coefficients, for `matching` also of features under networks
-      that nobody trained
+  s2  also sums of features and of images, and of their squares, class by class; for the sources `image` and `matched`
+      also sums of products of images' lowest cosine coefficients, for `matched` also of features under networks that
+      nobody trained
 
 Sums and not means are sent, so that a mean over clients is that over their examples.
 """
@@ -59,37 +59,41 @@ class ByClass(NamedTuple):
   untrained: Moments | tuple[()] = ()
 
   @property
-  def covariances(self) -> Array:
-    """float32 [C, K, K], of an image's coefficients, from moments of an example, see `estimated`."""
-    assert not isinstance(self.products, tuple)
-    low = projections.coefficients(self.images.mean)
-    return self.products - low[:, :, None] * low[:, None, :]
-
-  @property
   def estimated(self) -> "ByClass":
-    """Moments of an example, class by class, 0 where there are no examples; `counts` is then 1 or 0.
+    """Moments of an example, class by class, 0 where there are no examples; `counts` is then 1 or 0, products are out.
 
     A variance of few examples is small by chance, of a single one 0, and what is compared in units of it would be all
     that counts. So each is shrunk towards the mean over all examples: (n_c v_c + k v) / (n_c + k) [O].
     """
-    along = lambda x: self.counts.reshape(-1, *[1] * (x.ndim - 1))
-    over = lambda x: x / jnp.maximum(along(x), 1e-12)
 
-    def spread(mean_square: Array, square: Array) -> Array:
-      """The second moment [C, ...] with that spread around the mean, of which `mean_square` is the square."""
-      n, variance = along(square), over(square) - mean_square
-      all_classes = jnp.sum(n * variance, axis=0) / jnp.maximum(jnp.sum(self.counts), 1e-12)
-      return jnp.where(n > 0, mean_square + (n * variance + _PRIOR * all_classes) / (n + _PRIOR), 0.0)
+    def of(moments: Moments) -> Moments:
+      mean = self._each(moments.mean)
+      variance = self._shrunk(self._each(moments.square) - mean**2)
+      return Moments(mean, jnp.where(self._along(variance) > 0, mean**2 + variance, 0.0))
 
-    of = lambda moments: Moments(over(moments.mean), spread(over(moments.mean) ** 2, moments.square))
-    products, untrained = self.products, self.untrained
-    if not isinstance(products, tuple):
-      low = projections.coefficients(over(self.images.mean))
-      products = spread(low[:, :, None] * low[:, None, :], products)
-    if isinstance(untrained, Moments):
-      untrained = of(untrained)
+    untrained = of(self.untrained) if isinstance(self.untrained, Moments) else ()
     layers = tuple(map(of, self.layers))
-    return ByClass(over(self.counts), layers, of(self.features), of(self.images), products, untrained)
+    return ByClass(self._each(self.counts), layers, of(self.features), of(self.images), untrained=untrained)
+
+  @property
+  def covariances(self) -> Array:
+    """float32 [C, K, K], of the lowest cosine coefficients of a class's images, shrunk likewise."""
+    assert not isinstance(self.products, tuple)
+    low = projections.coefficients(self._each(self.images.mean))
+    return self._shrunk(self._each(self.products) - low[:, :, None] * low[:, None, :])
+
+  def _along(self, x: Array) -> Array:
+    """The counts, with as many axes as x [C, ...]."""
+    return self.counts.reshape(-1, *[1] * (x.ndim - 1))
+
+  def _each(self, x: Array) -> Array:
+    """A mean over examples, of a sum."""
+    return x / jnp.maximum(self._along(x), 1e-12)
+
+  def _shrunk(self, variance: Array) -> Array:
+    n = self._along(variance)
+    all_classes = jnp.sum(n * variance, axis=0) / jnp.maximum(jnp.sum(self.counts), 1e-12)
+    return jnp.where(n > 0, (n * variance + _PRIOR * all_classes) / (n + _PRIOR), 0.0)
 
 
 class Statistics(NamedTuple):
