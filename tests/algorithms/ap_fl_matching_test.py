@@ -65,6 +65,15 @@ def test_images_start_with_the_mean_image_and_the_covariance_of_the_coefficients
     np.testing.assert_allclose(np.cov(found.T, ddof=0), covariance[c], atol=0.08 * covariance[c].max())
 
 
+@pytest.mark.parametrize("rank", [0, 1, 3, 64])
+def test_the_root_of_a_covariance_is_one_also_where_that_is_singular(rank):
+  mixing = np.random.default_rng(rank).normal(size=(64, rank))
+  covariance = mixing @ mixing.T
+  found = np.asarray(jax.jit(matching.root)(jnp.asarray(covariance, jnp.float32)), np.float64)
+  np.testing.assert_array_equal(found, np.tril(found))
+  np.testing.assert_allclose(found @ found.T, covariance, atol=2e-4 * max(rank, 1))
+
+
 def test_matching_brings_class_moments_of_features_to_those_of_real_examples():
   task = make_task()
   client, images, labels = examples()

@@ -178,6 +178,14 @@ def test_two_devices_give_the_same_and_compile_once(tmp_path):
     assert two[name] == pytest.approx(one[name], abs=1e-3, nan_ok=True)
 
 
+def test_images_are_matched_on_two_devices(tmp_path):
+  """Batched LAPACK calls, of which there were some, wait there for each other."""
+  matched = ("--dataset=digits", "--ap_fl_source=matched", "--ap_fl_tier=s2", "--ap_fl_matching_steps=2", "--rounds=2")
+  flags = (f"--workdir={tmp_path}/run", *TINY, *matched, "--devices=2", "--report=false")
+  result = subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+  assert result.returncode == 0, result.stderr
+
+
 def test_a_run_killed_before_its_report_gets_it(finished, tmp_path):
   copy = tmp_path / "copy"
   shutil.copytree(finished[0], copy)

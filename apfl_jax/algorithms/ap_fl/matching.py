@@ -85,8 +85,24 @@ def start(mean: Array, covariances: Array, size: int, key: Key) -> Array:
     size: images of a class.
     key: consumed.
   """
-  values, vectors = jnp.linalg.eigh(covariances)
-  roots = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[:, None, :]  # of few examples the covariance is singular
-  noise = jnp.einsum("ckl,cnl->cnk", roots, jax.random.normal(key, (len(mean), size, values.shape[1])))
-  moved = projections.smooth(noise.reshape(-1, values.shape[1]), mean.shape[1:])
+  count = covariances.shape[1]
+  noise = jnp.einsum("ckl,cnl->cnk", jax.vmap(root)(covariances), jax.random.normal(key, (len(mean), size, count)))
+  moved = projections.smooth(noise.reshape(-1, count), mean.shape[1:])
   return jnp.clip(mean[:, None] + moved.reshape(len(mean), size, *mean.shape[1:]), 0.0, 1.0)
+
+
+def root(covariance: Array) -> Array:
+  """Lower triangular L, float32 [K, K], with L L' the covariance [K, K]: Cholesky's, also where that is singular.
+
+  Of few examples it is. A column whose pivot is rounding is 0. In plain array operations: XLA's batches of LAPACK calls
+  wait for each other's threads where several CPU devices share them, for good.
+  """
+  least = 1e-5 * jnp.max(jnp.diagonal(covariance))
+  place = jnp.arange(len(covariance))
+
+  def column(k: Array, found: Array) -> Array:
+    rest = covariance[:, k] - jnp.dot(found, found[k], precision=projections.EXACT)
+    scaled = jnp.where(rest[k] > least, rest / jnp.sqrt(jnp.maximum(rest[k], 1e-12)), 0.0)
+    return found.at[:, k].set(jnp.where(place >= k, scaled, 0.0))
+
+  return jax.lax.fori_loop(0, len(covariance), column, jnp.zeros_like(covariance))
