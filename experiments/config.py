@@ -207,7 +207,7 @@ class Config:
     processes, rates = self.processes
     if len(rates) != len(processes):
       raise InputError(
-        f"drop_rate: got {len(rates)} rates for {len(processes)} processes, accepted are 1 or a rate each"
+        f"drop_rate: got {len(rates)} rates for --dropout={','.join(processes)}, accepted are one rate or one for each"
       )
     if self.trace and "trace" not in processes:
       raise InputError(f"trace: got {self.trace} with --dropout={self.dropout}, accepted is --dropout with trace in it")

@@ -7,6 +7,8 @@ from apfl_jax.data.datasets import Dataset
 from apfl_jax.data.federation import build, histogram, pooled
 from apfl_jax.data.held_out import hold_out
 from apfl_jax.data.partition import Partition, choose_monopolistic, monopolistic
+from apfl_jax.errors import InputError
+from apfl_jax.settings import near
 
 BUILT_IN = {"digits": digits.load, "fast": fast.load}
 
@@ -23,7 +25,14 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
   Raises:
     InputError: the name is unknown, or the set is not prepared, not readable or not image classification.
   """
-  return BUILT_IN[name]() if name in BUILT_IN else tfds.load(name, data_dir)
+  if name in BUILT_IN:
+    return BUILT_IN[name]()
+  try:
+    return tfds.load(name, data_dir)
+  except InputError as error:
+    if meant := near(name, BUILT_IN):
+      raise InputError(f"{error}{meant}") from error
+    raise
 
 
 __all__ = [

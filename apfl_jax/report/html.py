@@ -85,7 +85,7 @@ _CAPTIONS = {
   ),
   "samples": (
     "What the generator draws",
-    "Each row is a class. The server never saw a real image: it draws what the global model takes for that class. Of a "
+    "Each row is a class. The server has no example: it draws what the global model takes for that class. Of a "
     "class marked unseen not even the global model met an example; its images come from the meaning of the class "
     "alone, so expect little of them. The images need not look real: they are to carry what the global model knows. "
     "A share in brackets is that of the class's pooled test images which the global model gets right; where it is "
@@ -276,6 +276,14 @@ def _setting(run: runs.Run) -> str:
   return "; ".join(filter(None, parts)) + "."
 
 
+_SENT = {
+  "s0": "nothing, but from its update the server reads which classes it holds",
+  "s1": "how many examples of each class it has, and means and second moments of its layers' channels",
+  "s2": "how many examples of each class it has, and class by class sums of its images, features and layers' channels "
+  "and of their squares. Of a class with a single example the sum of images is that image, and nothing hides it",
+}
+
+
 def _notes(run: runs.Run) -> list[str]:
   notes, summary = [], run.summary
   if summary.get("finished") is False:
@@ -301,6 +309,9 @@ def _notes(run: runs.Run) -> list[str]:
       "models for clients that dropped out, with a generator on the server. It is not APFL, the adaptive personalized "
       "federated learning of Deng et al. (2020).</p>"
     )
+    tier = next((line.split("=")[1] for line in run.flags if line.startswith("--ap_fl_tier=")), "s1")
+    sent = f"Beside its model a client that takes part sends (<code>--ap_fl_tier={tier}</code>) {_SENT[tier]}."
+    notes.append(f'<p class="note">{sent}</p>')
   return notes
 
 
@@ -434,7 +445,8 @@ def _judged(run: runs.Run) -> str:
   return (
     "<h2>What the samples are worth</h2><p>Judged by a classifier trained on the whole data set, for this page alone. "
     "What counts is what fresh networks learn from samples, not what the judge says of them. An attack that learns "
-    "nothing has an AUC of .5; a generator that remembers nothing is as near to test images as to training ones. A "
+    "nothing has an AUC of .5; a generator that remembers nothing is as near to test images as to training ones: both "
+    "try the samples and the model, not what clients send. A "
     "class is recognised if the global model gets half of its test images right; trust is the mean probability that it "
     "gives the class on samples of it; different nearest images: how many real ones are the nearest to some sample.</p>"
     f"{_facts(facts)}{_grid(tables.Grid(header, rows))}"

@@ -271,7 +271,7 @@ BAD = {
   ("--drop_rate=1",): ("drop_rate", "none of the 10 clients"),
   ("--dropout=none",): ("monopolistic_classes", "accepted is 0"),
   ("--dropout=warm",): ("dropout", "'warm'", "bernoulli"),
-  ("--dropout=cold,bernoulli", "--drop_rate=.1,.2,.3"): ("drop_rate", "3 rates for 2"),
+  ("--dropout=cold,bernoulli", "--drop_rate=.1,.2,.3"): ("drop_rate", "3 rates for --dropout=cold,bernoulli"),
   ("--monopolistic_classes=10",): ("monopolistic_classes", "10"),
   ("--cohort_size=11",): ("cohort_size", "11"),
   ("--partition=pathological", "--classes_per_client=11"): ("classes_per_client", "11"),

@@ -82,6 +82,14 @@ def test_page_needs_nothing_else(ap_fl):
   assert "url(" not in (ap_fl / "report.html").read_text() and "@import" not in (ap_fl / "report.html").read_text()
 
 
+def test_page_says_what_clients_of_a_tier_send(ap_fl):
+  sent = lambda: Page(report.write(ap_fl)).text.split("a client that takes part sends")[1]
+  assert "--ap_fl_tier=s1 ) how many examples of each class" in sent() and "that image" not in sent()
+  with open(ap_fl / "flags.txt", "a") as file:
+    file.write("--ap_fl_tier=s2\n")
+  assert "the sum of images is that image" in sent()
+
+
 def test_page_says_what_the_run_says(ap_fl):
   text = Page(report.write(ap_fl)).text
   for words in (

@@ -94,9 +94,11 @@ def ap_fl(
       'class_means', images drawn around the means of classes, and 'matched', `bank_size` images of each class moved in
       the last round until sums of their features are those of clients', both without a generator, tier s2; 'untrained'
       and 'noise', controls; 'none'.
-    tier: what leaves a client beside its model: 's0', nothing; 's1', label histogram and channel moments of its
-      pre-activations, for L_st; 's2', also sums of images and features by class, for L_class, 'class_means' and
-      'matched', and, with the sources 'image' and 'matched', of products of images' lowest cosine coefficients.
+    tier: what leaves a client beside its model: 's0', nothing, though updates tell which classes it holds; 's1', label
+      histogram and channel moments of its pre-activations, for L_st; 's2', also sums by class, of a single example its
+      image, of images, features, pre-activations and their squares, for L_class, 'class_means' and 'matched'; with the
+      sources 'image' and 'matched' of products of images' lowest cosine coefficients, with 'matched' of features under
+      networks that nobody trained.
     image_moments: whether the moments are also of images, pixel by pixel and all classes together, as of a first layer;
       source 'image', tiers s1 and s2. Of a client with a single class that is the mean image of a class.
     n_min: training examples that make a class seen; under tier s0, updates that show it.
