@@ -280,7 +280,8 @@ _SENT = {
   "s0": "nothing, but from its update the server reads which classes it holds",
   "s1": "how many examples of each class it has, and means and second moments of its layers' channels",
   "s2": "how many examples of each class it has, and class by class sums of its images, features and layers' channels "
-  "and of their squares. Of a class with a single example the sum of images is that image, and nothing hides it",
+  "and of their squares, for the sources image and matched also of products of its images' cosine coefficients. Of a "
+  "class with a single example the sum of images is that image, and nothing hides it",
 }
 
 
