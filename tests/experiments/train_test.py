@@ -378,13 +378,14 @@ def test_it_runs_where_matplotlib_is_missing(tmp_path):
 def test_uploads_that_are_not_finite_are_told(tmp_path, capsys):
   """Training that goes astray is not taken for absence."""
   small = {"dataset": "fast", "model": "mlp", "num_clients": 4, "partition": "iid", "monopolistic_classes": 0}
-  brief = {"rounds": 2, "local_steps": 4, "personal_steps": 1, "min_size": 4, "progress": False, "dropout": "none"}
-  run = lambda rate, **more: job.run(
-    Config(algorithm="fedavg", learning_rate=rate, workdir=str(tmp_path / f"{rate:g}"), **small, **brief, **more)
+  brief = {"rounds": 2, "local_steps": 4, "personal_steps": 1, "min_size": 4, "dropout": "none"}
+  quiet = {"progress": False, "report": False}
+  run = lambda rate: job.run(
+    Config(algorithm="fedavg", learning_rate=rate, workdir=str(tmp_path / f"{rate:g}"), **small, **brief, **quiet)
   )
   run(1e30)
   said = capsys.readouterr().err.splitlines()
   assert "note: 8 uploads held numbers that are not finite, and counted as lost" in said
   assert (np.load(tmp_path / "1e+30" / "arrays.npz")["presence"] == 3).all()
-  run(0.01, report=False)
+  run(0.01)
   assert "not finite" not in capsys.readouterr().err
