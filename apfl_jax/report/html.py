@@ -259,7 +259,7 @@ def _setting(run: runs.Run) -> str:
   summary, dropped = run.summary, int(run.clients.dropped.sum())
   scored = int((~np.isnan(run.clients.personal_accuracy) | ~np.isnan(run.clients.global_accuracy)).sum())
   others = " (or never drawn, or never done)" if summary.get("time") else ""
-  flags = dict(line.removeprefix("--").split("=", 1) for line in run.flags if "=" in line)
+  flags = _flags(run)
   partition = summary.get("partition")
   if partition == "dirichlet" and "alpha" in flags:
     partition = f"dirichlet, alpha {flags['alpha']}"
@@ -276,12 +276,18 @@ def _setting(run: runs.Run) -> str:
   return "; ".join(filter(None, parts)) + "."
 
 
+def _flags(run: runs.Run) -> dict[str, str]:
+  """The run's settings by name; of one that is given twice the last."""
+  return dict(line.removeprefix("--").split("=", 1) for line in run.flags if "=" in line)
+
+
 _SENT = {
   "s0": "nothing, but from its update the server reads which classes it holds",
   "s1": "how many examples of each class it has, and means and second moments of its layers' channels",
   "s2": "how many examples of each class it has, and class by class sums of its images, features and layers' channels "
-  "and of their squares, for the sources image and matched also of products of its images' cosine coefficients. Of a "
-  "class with a single example the sum of images is that image, and nothing hides it",
+  "and of their squares, for the sources image and matched also of products of its images' cosine coefficients, for "
+  "matched of features under untrained networks. Of a class with a single example the sum of images is that image, and "
+  "nothing hides it",
 }
 
 
@@ -310,9 +316,12 @@ def _notes(run: runs.Run) -> list[str]:
       "models for clients that dropped out, with a generator on the server. It is not APFL, the adaptive personalized "
       "federated learning of Deng et al. (2020).</p>"
     )
-    tier = next((line.split("=")[1] for line in run.flags if line.startswith("--ap_fl_tier=")), "s1")
-    sent = f"Beside its model a client that takes part sends (<code>--ap_fl_tier={tier}</code>) {_SENT[tier]}."
-    notes.append(f'<p class="note">{sent}</p>')
+    flags = _flags(run)
+    if (tier := flags.get("ap_fl_tier")) in _SENT:
+      sent = f"Beside its model a client that takes part sends (<code>--ap_fl_tier={tier}</code>) {_SENT[tier]}."
+      if flags.get("ap_fl_image_moments") == "true":
+        sent += " It also sends the mean and the second moment of a batch of its images, all classes together."
+      notes.append(f'<p class="note">{sent}</p>')
   return notes
 
 

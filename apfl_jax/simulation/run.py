@@ -152,7 +152,8 @@ def run(
     state = simulator.place(restored_state._replace(clients=state.clients, times=state.times))
     if set(kept) != set(Record._fields):
       raise InputError(
-        f"workdir: {trained or directory} has checkpoints of another version; accepted is another folder"
+        f"{'trained' if trained else 'workdir'}: {trained or directory} has checkpoints of another version; accepted is"
+        " another folder"
       )
     record = Record(**kept)
     on_record(record)

@@ -270,6 +270,7 @@ BAD = {
   ("--drop_rate=-0.1",): ("drop_rate", "'-0.1'", "0 to 1"),
   ("--drop_rate=1",): ("drop_rate", "none of the 10 clients"),
   ("--dropout=none",): ("monopolistic_classes", "accepted is 0"),
+  ("--dataset=digit",): ("dataset", "did you mean 'digits'"),
   ("--dropout=warm",): ("dropout", "'warm'", "bernoulli"),
   ("--dropout=cold,bernoulli", "--drop_rate=.1,.2,.3"): ("drop_rate", "3 rates for --dropout=cold,bernoulli"),
   ("--monopolistic_classes=10",): ("monopolistic_classes", "10"),

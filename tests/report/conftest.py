@@ -51,7 +51,9 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
 
   personal = np.clip(rng.normal(0.92, 0.06, clients), 0, 1)
   shared = np.clip(rng.normal(np.where(dropped, 0.35, 0.8), 0.15), 0, 1)
-  (path / "flags.txt").write_text(f"--algorithm={algorithm}\n--alpha=0.15\n--seed=0\n--workdir={path}\n")
+  (path / "flags.txt").write_text(
+    f"--algorithm={algorithm}\n--alpha=0.15\n--seed=0\n--workdir={path}\n--ap_fl_tier=s1\n"
+  )
   with (path / "metrics.jsonl").open("w") as file:
     for step in range(2, rounds + 1, 2):
       gain = 1 - np.exp(-step / 10)

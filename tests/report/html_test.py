@@ -87,7 +87,10 @@ def test_page_says_what_clients_of_a_tier_send(ap_fl):
   assert "--ap_fl_tier=s1 ) how many examples of each class" in sent() and "that image" not in sent()
   with open(ap_fl / "flags.txt", "a") as file:
     file.write("--ap_fl_tier=s2\n")
-  assert "the sum of images is that image" in sent()
+  assert "the sum of images is that image" in sent() and "all classes together" not in sent()
+  with open(ap_fl / "flags.txt", "a") as file:
+    file.write("--ap_fl_image_moments=true\n")
+  assert "all classes together" in sent()
 
 
 def test_page_says_what_the_run_says(ap_fl):
