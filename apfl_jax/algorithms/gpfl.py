@@ -94,7 +94,7 @@ def gpfl(task: Task, *, lambda_level: Weight = 0.01, decay: Weight = 0.1) -> Alg
     decay: mu, weight decay of embeddings and valve.
   """
   model, num_classes, size = task.model, task.num_classes, training.feature_size(task)
-  init_valve, apply_valve = nn.functional(lambda rngs: Valve(size, rngs=rngs))
+  init_valve, apply_valve = nn.functional(Valve, size)
 
   def init(key):
     params = model.init(key)  # every method's model starts alike under one seed

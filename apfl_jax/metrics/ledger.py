@@ -11,7 +11,7 @@ count: padding, dilation and masks cost what they cost the device. Repeated sube
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.extend.core as jex
@@ -31,7 +31,42 @@ _CALLS = {
 }
 
 _Atom = jex.Var | jex.Literal
-_Value = np.ndarray | Array | None  # None: not known before the run
+
+
+class _Application:
+  """A primitive on known values, computed when a result is asked for: most are not, and each costs a dispatch."""
+
+  def __init__(self, eqn: jex.JaxprEqn, values: "Sequence[_Value]") -> None:
+    self._eqn, self._values = eqn, values
+    self._results: list[np.ndarray | Array] | None = None
+
+  def result(self, number: int) -> np.ndarray | Array:
+    waiting = [self]  # not by recursion: a chain may be long
+    while waiting:
+      one = waiting[-1]
+      if one._results is None:
+        earlier = [x.of for x in one._values if isinstance(x, _Result) and x.of._results is None]
+        if earlier:
+          waiting += earlier
+          continue
+        results = one._eqn.primitive.bind(*map(_computed, one._values), **one._eqn.params)
+        one._results = list(results) if one._eqn.primitive.multiple_results else [results]
+        one._values = ()
+      waiting.pop()
+    assert self._results is not None
+    return self._results[number]
+
+
+class _Result(NamedTuple):
+  of: _Application
+  number: int
+
+
+_Value = np.ndarray | _Result | None  # None: not known before the run
+
+
+def _computed(value: _Value) -> Any:
+  return value.of.result(value.number) if isinstance(value, _Result) else value
 
 
 def flops(fn: Callable[..., PyTree], *args: PyTree) -> float:
@@ -54,8 +89,8 @@ def flops(fn: Callable[..., PyTree], *args: PyTree) -> float:
 
 def pricer(fn: Callable[..., PyTree], *args: PyTree) -> Callable[..., float]:
   """`flops` for many calls whose arguments differ in their known values only: `fn` is traced once, here."""
-  follow = follower(fn, *args)
-  return lambda *args: follow(*args)[0]
+  walk, _ = _walker(fn, *args)
+  return lambda *args: float(walk(*args)[0])
 
 
 def follower(fn: Callable[..., PyTree], *args: PyTree) -> Callable[..., tuple[float, PyTree]]:
@@ -63,17 +98,26 @@ def follower(fn: Callable[..., PyTree], *args: PyTree) -> Callable[..., tuple[fl
 
   Fed back into the arguments it prices a state that changes from call to call, as a count of rounds does.
   """
-  closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+  walk, shape = _walker(fn, *args)
   shapes, structure = jax.tree.flatten(shape)
 
-  def price(*args: PyTree) -> tuple[float, PyTree]:
-    leaves = zip(jax.tree.leaves(args), closed.jaxpr.invars, strict=True)
-    values = [None if isinstance(x, jax.ShapeDtypeStruct) else _known(x, var) for x, var in leaves]
-    operations, results = _walk(closed, values)
-    known = [s if x is None else np.asarray(x) for x, s in zip(results, shapes, strict=True)]
+  def follow(*args: PyTree) -> tuple[float, PyTree]:
+    operations, results = walk(*args)
+    known = [s if x is None else np.asarray(_computed(x)) for x, s in zip(results, shapes, strict=True)]
     return float(operations), jax.tree.unflatten(structure, known)
 
-  return price
+  return follow
+
+
+def _walker(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Callable[..., tuple[int, list[_Value]]], PyTree]:
+  """((*args) -> (operations, what is known of the result's leaves), shapes of the result)."""
+  closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+
+  def walk(*args: PyTree) -> tuple[int, list[_Value]]:
+    leaves = zip(jax.tree.leaves(args), closed.jaxpr.invars, strict=True)
+    return _walk(closed, [None if isinstance(x, jax.ShapeDtypeStruct) else _known(x, var) for x, var in leaves])
+
+  return walk, shape
 
 
 def read_leaves(fn: Callable[..., PyTree], *args: PyTree, argnum: int) -> PyTree:
@@ -111,7 +155,7 @@ def _aval(atom: _Atom) -> jax.core.ShapedArray:
   return cast(jax.core.ShapedArray, atom.aval)
 
 
-def _known(value: Any, atom: _Atom) -> _Value:
+def _known(value: Any, atom: _Atom) -> np.ndarray | None:
   """The concrete value of an atom, if it is numbers and few."""
   aval = _aval(atom)
   numbers = any(jax.dtypes.issubdtype(aval.dtype, kind) for kind in (np.number, np.bool_))
@@ -121,7 +165,8 @@ def _known(value: Any, atom: _Atom) -> _Value:
 def _walk(closed: jex.ClosedJaxpr | jex.Jaxpr, values: Sequence[_Value]) -> tuple[int, list[_Value]]:
   """Operations of a jaxpr on these inputs, and what is known of its outputs."""
   jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, jex.ClosedJaxpr) else (closed, ())
-  known = {var: _known(x, var) for var, x in zip(jaxpr.constvars, consts, strict=False)}  # an open jaxpr has none
+  known: dict[_Atom, _Value] = {}
+  known.update((var, _known(x, var)) for var, x in zip(jaxpr.constvars, consts, strict=False))  # an open one has none
   known.update(zip(jaxpr.invars, values, strict=True))
 
   def read(atoms: Sequence[_Atom]) -> list[_Value]:
@@ -160,13 +205,13 @@ def _equation(eqn: jex.JaxprEqn, values: list[_Value]) -> tuple[int, list[_Value
     return 0, unknown
   if eqn.effects or size > _KNOWN_SIZE or any(x is None for x in values):
     return 0, unknown
-  results = eqn.primitive.bind(*values, **params)
-  return 0, list(results) if eqn.primitive.multiple_results else [results]
+  application = _Application(eqn, values)
+  return 0, [_Result(application, i) for i in range(len(eqn.outvars))]
 
 
 def _cond(branches: Sequence[jex.ClosedJaxpr], index: _Value, values: list[_Value]) -> tuple[int, list[_Value]]:
   if index is not None:
-    return _walk(branches[int(np.clip(index, 0, len(branches) - 1))], values)
+    return _walk(branches[int(np.clip(_computed(index), 0, len(branches) - 1))], values)
   return max(_walk(branch, values)[0] for branch in branches), [None] * len(branches[0].jaxpr.outvars)
 
 
@@ -222,7 +267,8 @@ def _while(params: dict[str, Any], values: list[_Value]) -> tuple[int, list[_Val
     index, bound = counted
     _, (limit,) = _walk(cond.replace(jaxpr=cond.jaxpr.replace(outvars=[bound])), outer + carry)
     if limit is not None and start[index] is not None:
-      trips = max(0, math.ceil(np.max(np.asarray(limit, float) - np.asarray(start[index], float))))
+      first, end = (np.asarray(_computed(x), float) for x in (start[index], limit))
+      trips = max(0, math.ceil(np.max(end - first)))
   if trips is None:
     raise ValueError(f"loop {body.jaxpr.debug_info.func_src_info}: its trip count does not follow from known values")
   return trips * once + (trips + 1) * test, carry

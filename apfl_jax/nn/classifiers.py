@@ -124,7 +124,7 @@ def classifier(
   if min(image_shape[:2]) < spec.least:
     size = " x ".join(map(str, image_shape))
     raise InputError(f"model {name}: got images of {size}, needs height and width of at least {spec.least}")
-  init_base, apply_base = functional(lambda rngs: spec.base(image_shape, spec.features, dtype=dtype, rngs=rngs))
+  init_base, apply_base = functional(spec.base, image_shape, spec.features, dtype=dtype)
 
   def base(params: PyTree, images: Array, by_image: bool = False) -> tuple[Array, tuple[Array, ...]]:
     return jax.tree.map(lambda x: x.astype(jnp.float32), apply_base(params, 2 * images - 1, by_image))
@@ -143,13 +143,13 @@ def _head(
 ) -> tuple[Callable[[Key], PyTree], Callable[[PyTree, Array], Array], Callable[[PyTree, Array], Array] | None]:
   """The head's init and apply, and its map into the space of the embeddings if it has one."""
   if head == "free":
-    init, apply = functional(lambda rngs: _readout(features, num_classes, dtype=dtype, rngs=rngs))
+    init, apply = functional(_readout, features, num_classes, dtype=dtype)
     return init, lambda params, x: apply(params, x).astype(jnp.float32), None
   if embeddings is None or embeddings.ndim != 2 or len(embeddings) != num_classes:
     got = "none" if embeddings is None else f"shape {list(embeddings.shape)}"
     raise InputError(f"embeddings: got {got}, the {head} head needs [{num_classes}, D], a row for each class")
   size = embeddings.shape[1]
-  init, apply = functional(lambda rngs: _readout(features, size, use_bias=False, dtype=dtype, rngs=rngs))
+  init, apply = functional(_readout, features, size, use_bias=False, dtype=dtype)
 
   def semantics(params: PyTree, features: Array) -> Array:
     return apply(params, features).astype(jnp.float32)

@@ -106,10 +106,7 @@ def generator(
     raise InputError(f"generator: got width {width}, needs a multiple of 16")
   if noise_size is None:
     noise_size = 32 if small else 64 if channels == 1 else 100
-  length = noise_size
-  init, apply = functional(
-    lambda rngs: SmoothGenerator(image_shape, embedding_size, length, width, upsamplings, rngs=rngs)
-  )
+  init, apply = functional(SmoothGenerator, image_shape, embedding_size, noise_size, width, upsamplings)
   return Generator(init=init, apply=apply, noise_size=noise_size)
 
 
@@ -143,7 +140,5 @@ def feature_generator(
     hidden: width of the hidden layer.
     coded: whether the condition goes through u = tanh(W e) in R^64 first, as in `generator`; for embeddings.
   """
-  init, apply = functional(
-    lambda rngs: FeatureGenerator(condition_size, noise_size, hidden, features, coded=coded, rngs=rngs)
-  )
+  init, apply = functional(FeatureGenerator, condition_size, noise_size, hidden, features, coded=coded)
   return Generator(init=init, apply=apply, noise_size=noise_size)

@@ -22,20 +22,32 @@ from apfl_jax.types import Array, Key, PyTree
 Padding = Literal["SAME", "VALID"]
 
 
-def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable[[Key], PyTree], Callable[..., Any]]:
-  """A module as two pure functions. `make` is traced abstractly once, so this is cheap, also inside a trace.
+def functional(
+  module: Callable[..., nnx.Module], *args: Any, **settings: Any
+) -> tuple[Callable[[Key], PyTree], Callable[..., Any]]:
+  """A module as two pure functions, the same ones when asked again: a trace builds its method many times.
 
   Args:
-    make: builds a module whose only state is `nnx.Param`s.
+    module: (*args, rngs=nnx.Rngs, **settings) -> a module whose only state is `nnx.Param`s.
+    *args: hashable.
+    **settings: hashable.
 
   Returns:
     init: (key) -> params, a nested dict of arrays.
     apply: (params, *inputs) -> what the module's `__call__` returns.
   """
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+  return _functional(module, *args, **settings)
+
+
+@functools.cache
+def _functional(
+  module: Callable[..., nnx.Module], *args: Any, **settings: Any
+) -> tuple[Callable[[Key], PyTree], Callable[..., Any]]:
+  make = functools.partial(module, *args, **settings)
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
   def init(key: Key) -> PyTree:
-    return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(key)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(key)), nnx.Param))
 
   def apply(params: PyTree, *inputs: Array) -> Any:
     return nnx.merge(graphdef, params)(*inputs)

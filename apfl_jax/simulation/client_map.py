@@ -116,6 +116,7 @@ def client_map(fn: ClientFunction, how: str = "auto", mesh: Mesh | None = None) 
     where not ok).
   """
   kind, chunk = resolve(how)
+  fn = jax.jit(fn, inline=True)  # traced once, for its shapes and for its work
   devices, all_lanes = mesh.size if mesh else 1, lanes_of(mesh)
   lanes = all_lanes // devices
 

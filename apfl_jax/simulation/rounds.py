@@ -437,8 +437,9 @@ def simulator(
       history, done = seated(state.history, algorithm.download(state.server), work, done, work.before)
       state = state._replace(history=history)
     steps = layout.batches if layout else chunk
-    shape = jax.eval_shape(step, jnp.int32(0), state, done)[2]
-    record = jax.tree.map(lambda s: jnp.zeros((steps, *s.shape), s.dtype), shape)
+    nothing = jnp.zeros(steps, jnp.int32)
+    nobody = jnp.zeros((steps, cohort_size), jnp.int32)
+    record = RoundMetrics(present=nothing, arrived=nothing, ids=nobody, status=nobody.astype(jnp.uint8))
 
     def body(i, carry):
       state, done, record = carry

@@ -52,7 +52,7 @@ def test_conv_under_vmap_with_a_kernel_for_each_client():
 
 
 def test_conv_module_adds_its_bias_and_keeps_float32_parameters():
-  init, apply = layers.functional(lambda rngs: layers.Conv(2, 3, 3, padding="VALID", dtype=jnp.bfloat16, rngs=rngs))
+  init, apply = layers.functional(layers.Conv, 2, 3, 3, padding="VALID", dtype=jnp.bfloat16)
   params = init(jax.random.key(0))
   assert {name: (x.shape, x.dtype) for name, x in params.items()} == {
     "kernel": ((3, 3, 2, 3), jnp.float32),
@@ -67,7 +67,7 @@ def test_conv_module_adds_its_bias_and_keeps_float32_parameters():
 
 
 def test_conv_module_keeps_the_variance_of_relu_networks():
-  init, apply = layers.functional(lambda rngs: layers.Conv(32, 64, 3, padding="VALID", rngs=rngs))
+  init, apply = layers.functional(layers.Conv, 32, 64, 3, padding="VALID")
   active = nnx.relu(_normal(0, 4, 16, 16, 32))  # mean square 1/2
   assert abs(float(apply(init(jax.random.key(1)), active).var()) - 1) < 0.15
 

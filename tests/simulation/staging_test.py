@@ -12,6 +12,7 @@ import pytest
 from apfl_jax import simulation
 from apfl_jax.errors import InputError
 from apfl_jax.simulation import PLACES, Simulator, Staging, memory
+from apfl_jax.simulation.checkpoints import Checkpoints
 from apfl_jax.types import Download, PyTree
 from tests import tasks
 
@@ -76,6 +77,19 @@ def test_goes_on_from_a_checkpoint_in_another_place(tmp_path):
   tasks.assert_same(arrays, _on_the_device()[1])
   _run(tmp_path / "other", rounds=6)
   tasks.assert_same(_seen(_run(tmp_path / "other", client_state="disk"))[1], _on_the_device()[1])
+
+
+def test_checkpoints_of_another_version_are_refused_and_kept(tmp_path, monkeypatch):
+  """That is, with another record of the rounds beside the state."""
+  save = Checkpoints.save
+  other = lambda self, state, snapshot, record: save(self, state, snapshot, record | {"former": []})
+  with monkeypatch.context() as former:
+    former.setattr(Checkpoints, "save", other)
+    _run(tmp_path, rounds=6)
+  files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+  with pytest.raises(InputError, match=f"workdir: {tmp_path} has checkpoints of another version"):
+    _run(tmp_path)
+  assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
 def test_only_the_rows_of_a_chunk_are_on_the_device(tmp_path):
