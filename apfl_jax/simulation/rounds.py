@@ -437,8 +437,8 @@ def simulator(
       history, done = seated(state.history, algorithm.download(state.server), work, done, work.before)
       state = state._replace(history=history)
     steps = layout.batches if layout else chunk
-    nothing = jnp.zeros(steps, jnp.int32)
-    nobody = jnp.zeros((steps, cohort_size), jnp.int32)
+    width = work.cohort.ids.shape[1] if layout else cohort_size
+    nothing, nobody = jnp.zeros(steps, jnp.int32), jnp.zeros((steps, width), jnp.int32)
     record = RoundMetrics(present=nothing, arrived=nothing, ids=nobody, status=nobody.astype(jnp.uint8))
 
     def body(i, carry):

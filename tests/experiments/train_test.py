@@ -149,13 +149,6 @@ def test_it_ends_with_the_table(finished):
   assert "report.html" in output
 
 
-def test_the_flagfile_repeats_the_run_to_the_bit(finished, tmp_path):
-  workdir, _ = finished
-  result = train(f"--flagfile={workdir}/flags.txt", f"--workdir={tmp_path}/again", "--devices=1")
-  assert result.returncode == 0, result.stderr
-  assert numbers(tmp_path / "again") == numbers(workdir)
-
-
 def test_a_finished_run_is_left_as_it_is(finished):
   workdir, output = finished
   stamp = lambda: {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
@@ -168,7 +161,7 @@ def test_a_finished_run_is_left_as_it_is(finished):
 
 def test_two_devices_give_the_same_and_compile_once(tmp_path):
   for name, devices in (("one", 1), ("two", 2)):
-    result = train(f"--workdir={tmp_path}/{name}", *TINY, "--algorithm=fedavg_ft", f"--devices={devices}")
+    result = train(f"--workdir={tmp_path}/{name}", *TINY, "--algorithm=fedavg_ft", "--report=false", f"--devices={devices}")
     assert result.returncode == 0, result.stderr
   timings = [json.loads(line) for line in (tmp_path / "two" / "timings.jsonl").read_text().splitlines()]
   assert [row["compilations"] for row in timings[1:-1]] == [0, 0, 0, 0]
@@ -178,6 +171,7 @@ def test_two_devices_give_the_same_and_compile_once(tmp_path):
     assert two[name] == pytest.approx(one[name], abs=1e-3, nan_ok=True)
 
 
+@pytest.mark.slow  # to compile
 def test_images_are_matched_on_two_devices(tmp_path):
   """Batched LAPACK calls, of which there were some, wait there for each other."""
   matched = ("--dataset=digits", "--ap_fl_source=matched", "--ap_fl_tier=s2", "--ap_fl_matching_steps=2", "--rounds=2")
@@ -198,7 +192,7 @@ def test_a_run_killed_before_its_report_gets_it(finished, tmp_path):
 def kill_in_the_middle(workdir: Path, *flags: str) -> None:
   """Starts a run and kills it after its first checkpoint and before its end."""
   process = subprocess.Popen(
-    command(f"--workdir={workdir}", *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    command(*flags, f"--workdir={workdir}"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
   )
   try:
     limit = time.monotonic() + 300
@@ -213,26 +207,25 @@ def kill_in_the_middle(workdir: Path, *flags: str) -> None:
   assert not (workdir / "summary.json").exists()
 
 
-def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path):
+def test_the_flagfile_repeats_the_run_to_the_bit_even_if_it_is_killed_and_goes_on(finished, tmp_path):
   workdir, _ = finished
-  killed = tmp_path / "killed"
-  kill_in_the_middle(killed, *TINY)
-  result = train(f"--workdir={killed}", *TINY)
+  killed, again = tmp_path / "killed", (f"--flagfile={workdir}/flags.txt", "--devices=1", "--report=false")
+  kill_in_the_middle(killed, *again)
+  result = train(*again, f"--workdir={killed}")
   assert result.returncode == 0, result.stderr
   assert numbers(killed) == numbers(workdir)
 
 
 def test_the_rounds_of_another_run_give_the_same_bits(finished, tmp_path):
-  other = ("--ap_fl_rho=0", "--dropped_examples=4", "--personal_steps=15")
+  other = ("--ap_fl_rho=0", "--dropped_examples=4", "--personal_steps=15", "--report=false")
   for name, more in (("alone", ()), ("shared", (f"--trained={finished[0]}",))):
     result = train(f"--workdir={tmp_path}/{name}", *TINY, *other, *more)
     assert result.returncode == 0, result.stderr
   assert numbers(tmp_path / "shared") == numbers(tmp_path / "alone") != numbers(finished[0])
   assert json.loads((tmp_path / "shared" / "summary.json").read_text())["rounds_of"] == finished[0].name
   timings = [json.loads(line) for line in (tmp_path / "shared" / "timings.jsonl").read_text().splitlines()]
-  assert [line["round"] for line in timings].count(
-    8
-  ) == 3  # its last chunk, and twice what comes after: no round was computed again
+  # Its last chunk, and twice what comes after: no round was computed again.
+  assert [line["round"] for line in timings].count(8) == 3
   assert timings[-2]["compilations"] == 0 < timings[-1]["compilations"]  # of the plan, of scoring
 
 

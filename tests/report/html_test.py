@@ -83,6 +83,8 @@ def test_page_needs_nothing_else(ap_fl):
 
 
 def test_page_says_what_clients_of_a_tier_send(ap_fl):
+  only_summary(ap_fl)
+  (ap_fl / "flags.txt").write_text("--ap_fl_tier=s1\n")
   sent = lambda: Page(report.write(ap_fl)).text.split("a client that takes part sends")[1]
   assert "--ap_fl_tier=s1 ) how many examples of each class" in sent() and "that image" not in sent()
   with open(ap_fl / "flags.txt", "a") as file:
