@@ -161,7 +161,8 @@ def test_a_finished_run_is_left_as_it_is(finished):
 
 def test_two_devices_give_the_same_and_compile_once(tmp_path):
   for name, devices in (("one", 1), ("two", 2)):
-    result = train(f"--workdir={tmp_path}/{name}", *TINY, "--algorithm=fedavg_ft", "--report=false", f"--devices={devices}")
+    flags = (*TINY, "--algorithm=fedavg_ft", "--report=false", f"--devices={devices}")
+    result = train(f"--workdir={tmp_path}/{name}", *flags)
     assert result.returncode == 0, result.stderr
   timings = [json.loads(line) for line in (tmp_path / "two" / "timings.jsonl").read_text().splitlines()]
   assert [row["compilations"] for row in timings[1:-1]] == [0, 0, 0, 0]
