@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
       os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
   if config.pluginmanager.has_plugin("cacheprovider"):
     choose("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-    choose("jax_persistent_cache_min_compile_time_secs", 0.5)
+    choose("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")

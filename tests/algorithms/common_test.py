@@ -1,5 +1,8 @@
 """What every method must do; one that is listed in the registry is under these tests, a wrapper around FedAvg."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,11 +63,37 @@ def test_compiles_once(name):
   assert watch.read()["compilations"] == 0
 
 
-def _trace(name, call):
-  """Every function of a method, traced in the order of a round; the shapes of the server before and after it.
+class _Traced(NamedTuple):
+  """What was seen of a method's functions."""
 
-  `call(function, *arguments)` is what calls them.
-  """
+  server: tuple  # its shapes before and after a round
+  written: bool  # whether one wrote into its arguments
+  splits: int  # how often keys were split
+  clashes: list  # (into how many parts a key was split, what was folded into it)
+
+
+@functools.cache
+def _traced(name):
+  """Every function of a method, traced in the order of a round."""
+  written = []
+  splits, folds = [], []  # (key, how many parts), (key, number); keys are told apart by their identity
+  split, fold_in = jax.random.split, jax.random.fold_in
+
+  def call(function, *arguments):
+    seen = lambda: [(path, id(leaf)) for path, leaf in jax.tree.leaves_with_path(arguments)]
+    before = seen()
+    result = function(*arguments)
+    written.append(seen() != before)
+    return result
+
+  def recorded_split(key, num=2):
+    splits.append((key, num))
+    return split(key, num)
+
+  def recorded_fold_in(key, data):
+    folds.append((key, data))
+    return fold_in(key, data)
+
   inputs = tasks.inputs(name)
   algorithm, _ = tasks.build(name, tasks.NUM_CLIENTS, inputs.settings)
 
@@ -80,54 +109,40 @@ def _trace(name, call):
     call(algorithm.global_model, server)
     return server, after
 
-  return jax.eval_shape(everything, inputs.federation, *jax.random.split(jax.random.key(0), 5))
-
-
-def test_functions_leave_their_arguments_alone(name):
-  """By the identity of tracers: a dict that is written into would show."""
-
-  def untouched(function, *arguments):
-    seen = lambda: [(path, id(leaf)) for path, leaf in jax.tree.leaves_with_path(arguments)]
-    before = seen()
-    result = function(*arguments)
-    assert seen() == before
-    return result
-
-  server, after = _trace(name, untouched)
-  assert after == server
-
-
-def test_a_visit_hangs_on_its_key_and_its_share_of_work(name):
-  assert not tasks.ignored(lambda settings: tasks.build(name, tasks.NUM_CLIENTS, settings)[0], tasks.inputs(name))
-
-
-def test_keys_from_folding_are_not_keys_from_splitting(name, monkeypatch):
-  """`split(key, n)[i]` is `fold_in(key, i)` for i < n, which JAX's own check does not know."""
-  key = jax.random.key(1)
-  np.testing.assert_array_equal(
-    jax.random.key_data(jax.random.split(key)[1]), jax.random.key_data(jax.random.fold_in(key, 1))
-  )
-  splits, folds = [], []  # (key, how many parts), (key, number); keys are told apart by their identity
-  split, fold_in = jax.random.split, jax.random.fold_in
-
-  def recorded_split(key, num=2):
-    splits.append((key, num))
-    return split(key, num)
-
-  def recorded_fold_in(key, data):
-    folds.append((key, data))
-    return fold_in(key, data)
-
-  monkeypatch.setattr(jax.random, "split", recorded_split)
-  monkeypatch.setattr(jax.random, "fold_in", recorded_fold_in)
-  _trace(name, lambda function, *arguments: function(*arguments))
+  keys = jax.random.split(jax.random.key(0), 5)
+  with pytest.MonkeyPatch.context() as recorded:
+    recorded.setattr(jax.random, "split", recorded_split)
+    recorded.setattr(jax.random, "fold_in", recorded_fold_in)
+    server = jax.eval_shape(everything, inputs.federation, *keys)
   clashes = [
     (parts, number)
     for split_key, parts in splits
     for folded_key, number in folds
     if split_key is folded_key and not (isinstance(number, int) and number >= parts)
   ]
-  assert splits and not clashes
+  return _Traced(server, any(written), len(splits), clashes)
+
+
+def test_functions_leave_their_arguments_alone(name):
+  """By the identity of tracers: a dict that is written into would show."""
+  traced = _traced(name)
+  assert not traced.written
+  before, after = traced.server
+  assert after == before
+
+
+def test_a_visit_hangs_on_its_key_and_its_share_of_work(name):
+  assert not tasks.ignored(lambda settings: tasks.build(name, tasks.NUM_CLIENTS, settings)[0], tasks.inputs(name))
+
+
+def test_keys_from_folding_are_not_keys_from_splitting(name):
+  """`split(key, n)[i]` is `fold_in(key, i)` for i < n, which JAX's own check does not know."""
+  key = jax.random.key(1)
+  np.testing.assert_array_equal(
+    jax.random.key_data(jax.random.split(key)[1]), jax.random.key_data(jax.random.fold_in(key, 1))
+  )
+  traced = _traced(name)
+  assert traced.splits and not traced.clashes
 
 
 def test_keys_are_not_used_twice(name):

@@ -11,6 +11,7 @@ import pytest
 
 from apfl_jax import report
 from apfl_jax.errors import InputError
+from apfl_jax.report import plots
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -45,6 +46,12 @@ class Page(html.parser.HTMLParser):
     return " ".join(" ".join(self.words).split())
 
 
+@pytest.fixture(autouse=True)
+def unsaved(monkeypatch):
+  """Pictures are made and not drawn, which takes most of the time, until `monkeypatch.undo()`."""
+  monkeypatch.setattr(plots, "_png", lambda figure: b"a picture")
+
+
 def change(path, **values):
   file = path / "summary.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | values))
@@ -63,7 +70,8 @@ def test_a_page_of_figures_read_out_with_the_prior_says_so(unevaluated):
   assert "label prior" in text and "must be known at test time" in text and "softmax mask: own" in text
 
 
-def test_page_holds_the_pictures_beside_it(ap_fl):
+def test_page_holds_the_pictures_beside_it(ap_fl, monkeypatch):
+  monkeypatch.undo()
   path = report.write(ap_fl)
   assert path == ap_fl / "report.html"
   page = Page(path)
@@ -83,8 +91,6 @@ def test_page_needs_nothing_else(ap_fl):
 
 
 def test_page_says_what_clients_of_a_tier_send(ap_fl):
-  only_summary(ap_fl)
-  (ap_fl / "flags.txt").write_text("--ap_fl_tier=s1\n")
   sent = lambda: Page(report.write(ap_fl)).text.split("a client that takes part sends")[1]
   assert "--ap_fl_tier=s1 ) how many examples of each class" in sent() and "that image" not in sent()
   with open(ap_fl / "flags.txt", "a") as file:
