@@ -1,5 +1,6 @@
 """The ledger against closed forms, XLA's own count where that is right (no loops), and hand-made read sets."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -197,6 +198,24 @@ def test_a_state_is_followed_from_call_to_call():
     costs.append(operations)
   assert costs == [5 * PRODUCT if t >= 2 and t % 3 == 0 else 0 for t in range(8)]
   assert server[0] == 8 and isinstance(server[1], jax.ShapeDtypeStruct)
+
+
+def test_only_what_a_count_hangs_on_is_computed():
+  computed = []
+
+  def told(x):
+    computed.append(int(x))
+    return np.int32(x)
+
+  def fn(x, n):
+    known = lambda n: jax.pure_callback(told, jax.ShapeDtypeStruct((), jnp.int32), n)
+    bound = functools.reduce(lambda total, _: total + 1, range(2000), known(n))  # deeper than Python can recurse
+    return powers(x, bound) + powers(x, bound), known(n + 1)
+
+  assert ledger.pricer(fn, SQUARE, np.int32(0))(SQUARE, np.int32(4)) == 2 * 2004 * PRODUCT
+  assert computed == [4]
+  _, (_, last) = ledger.follower(fn, SQUARE, np.int32(0))(SQUARE, np.int32(4))
+  assert last == 5 and computed == [4, 4, 5]
 
 
 @pytest.mark.parametrize("inner", [3, 4])
