@@ -22,13 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
   # Tracing makes objects by the million, few of which are garbage: at Python's own thresholds looking for it costs a
   # seventh of the time.
-  gc.set_threshold(100_000, 50, 100)
+  gc.set_threshold(100_000, 50, 10)
   choose("jax_platforms", "cpu")
   if config.option.markexpr == "not slow":
     # Compiling is most of the time that the tests take; what takes minutes is better off with fast programs.
     choose("jax_disable_most_optimizations", True)
     if metadata.version("jaxlib").startswith("0.10."):  # XLA ends a program that asks for what it does not know
-      os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+      os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
   if config.pluginmanager.has_plugin("cacheprovider"):
     choose("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     choose("jax_persistent_cache_min_compile_time_secs", 0.1)

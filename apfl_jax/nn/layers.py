@@ -28,7 +28,8 @@ def functional(
   """A module as two pure functions, the same ones when asked again: a trace builds its method many times.
 
   Args:
-    module: (*args, rngs=nnx.Rngs, **settings) -> a module whose only state is `nnx.Param`s.
+    module: (*args, rngs=nnx.Rngs, **settings) -> a module whose only state is `nnx.Param`s. It is kept with its
+      arguments, so let it be known by a name at the top level of a file.
     *args: hashable.
     **settings: hashable.
 
@@ -39,8 +40,8 @@ def functional(
   return _functional(module, *args, **settings)
 
 
-@functools.cache
-def _functional(
+@functools.lru_cache(maxsize=256)
+def _functional(  # apart, since type checkers have a cached function take what is declared Hashable alone
   module: Callable[..., nnx.Module], *args: Any, **settings: Any
 ) -> tuple[Callable[[Key], PyTree], Callable[..., Any]]:
   make = functools.partial(module, *args, **settings)

@@ -437,9 +437,10 @@ def simulator(
       history, done = seated(state.history, algorithm.download(state.server), work, done, work.before)
       state = state._replace(history=history)
     steps = layout.batches if layout else chunk
+    # Written out: to ask for the shapes would be to trace a round once more.
     width = work.cohort.ids.shape[1] if layout else cohort_size
-    nothing, nobody = jnp.zeros(steps, jnp.int32), jnp.zeros((steps, width), jnp.int32)
-    record = RoundMetrics(present=nothing, arrived=nothing, ids=nobody, status=nobody.astype(jnp.uint8))
+    number, each = jnp.zeros(steps, jnp.int32), jnp.zeros((steps, width), jnp.int32)
+    record = RoundMetrics(present=number, arrived=number, ids=each, status=each.astype(jnp.uint8))
 
     def body(i, carry):
       state, done, record = carry

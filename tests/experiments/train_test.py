@@ -159,26 +159,27 @@ def test_a_finished_run_is_left_as_it_is(finished):
   assert result.stdout == output
 
 
-def test_two_devices_give_the_same_and_compile_once(tmp_path):
+@pytest.mark.slow  # the default suite has it without the binary
+def test_two_devices_give_the_same(tmp_path):
   for name, devices in (("one", 1), ("two", 2)):
     flags = (*TINY, "--algorithm=fedavg_ft", "--report=false", f"--devices={devices}")
     result = train(f"--workdir={tmp_path}/{name}", *flags)
     assert result.returncode == 0, result.stderr
-  timings = [json.loads(line) for line in (tmp_path / "two" / "timings.jsonl").read_text().splitlines()]
-  assert [row["compilations"] for row in timings[1:-1]] == [0, 0, 0, 0]
   one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
   assert two["device"].startswith("2 x")
   for name in ("personal_accuracy", "global_accuracy"):
     assert two[name] == pytest.approx(one[name], abs=1e-3, nan_ok=True)
 
 
-@pytest.mark.slow  # to compile
-def test_images_are_matched_on_two_devices(tmp_path):
+def test_two_devices_match_images_and_compile_once(tmp_path):
   """Batched LAPACK calls, of which there were some, wait there for each other."""
-  matched = ("--dataset=digits", "--ap_fl_source=matched", "--ap_fl_tier=s2", "--ap_fl_matching_steps=2", "--rounds=2")
+  matched = ("--ap_fl_source=matched", "--ap_fl_tier=s2", "--ap_fl_matching_steps=2", "--rounds=6", "--eval_clients=1")
   flags = (f"--workdir={tmp_path}/run", *TINY, *matched, "--devices=2", "--report=false")
   result = subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
   assert result.returncode == 0, result.stderr
+  assert json.loads((tmp_path / "run" / "summary.json").read_text())["device"].startswith("2 x")
+  timings = [json.loads(line) for line in (tmp_path / "run" / "timings.jsonl").read_text().splitlines()]
+  assert [row["compilations"] for row in timings[1:-1]] == [0, 0, 0]
 
 
 def test_a_run_killed_before_its_report_gets_it(finished, tmp_path):
@@ -210,7 +211,7 @@ def kill_in_the_middle(workdir: Path, *flags: str) -> None:
 
 def test_the_flagfile_repeats_the_run_to_the_bit_even_if_it_is_killed_and_goes_on(finished, tmp_path):
   workdir, _ = finished
-  killed, again = tmp_path / "killed", (f"--flagfile={workdir}/flags.txt", "--devices=1", "--report=false")
+  killed, again = tmp_path / "killed", (f"--flagfile={workdir}/flags.txt", "--devices=1")
   kill_in_the_middle(killed, *again)
   result = train(*again, f"--workdir={killed}")
   assert result.returncode == 0, result.stderr

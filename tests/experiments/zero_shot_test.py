@@ -33,7 +33,7 @@ def make(seed, settings=SETTINGS, **changed):
   return Config(seed=seed, settings=settings, **SMALL | changed)
 
 
-@pytest.mark.parametrize("tier", ["s1", "s2"])
+@pytest.mark.parametrize("tier", [pytest.param("s1", marks=pytest.mark.slow), "s2"])  # slow to compile
 def test_sets_differ_and_what_the_server_knows_is_of_clients_that_take_part(tmp_path, monkeypatch, tier):
   settings = SETTINGS | {"tier": tier} | ({"source": "none"} if tier == "s2" else {})
   number = 2 if tier == "s2" else 1

@@ -66,6 +66,11 @@ def test_conv_module_adds_its_bias_and_keeps_float32_parameters():
   np.testing.assert_allclose(result.astype(jnp.float32), expected, rtol=0.05, atol=0.1)
 
 
+def test_a_module_is_made_once():
+  ask = lambda padding: layers.functional(layers.Conv, 2, 3, 3, padding=padding)
+  assert ask("VALID") is ask("VALID") is not ask("SAME")
+
+
 def test_conv_module_keeps_the_variance_of_relu_networks():
   init, apply = layers.functional(layers.Conv, 32, 64, 3, padding="VALID")
   active = nnx.relu(_normal(0, 4, 16, 16, 32))  # mean square 1/2

@@ -46,6 +46,19 @@ def problem(count, seed=0):
   return np.float32(0.7), {"x": np.where(ok[:, None], x, np.nan).astype(np.float32), "steps": steps}, ok
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_a_clients_function_is_traced_once(how):
+  """Tracing is most of what a small run takes."""
+  traces = []
+
+  def counted(shared, row):
+    traces.append(how)
+    return one_client(shared, row)
+
+  jax.jit(client_map(counted, how)).trace(*problem(9))
+  assert traces == [how]
+
+
 @pytest.fixture(scope="module")
 def mapped():
   return {how: jax.jit(client_map(one_client, how)) for how in HOWS}
