@@ -84,7 +84,7 @@ def _traced(name):
     before = seen()
     result = function(*arguments)
     if seen() != before:
-      wrote.append(function.__qualname__)
+      wrote.append(function)
     return result
 
   def recorded_split(key, num=2):
