@@ -697,16 +697,36 @@ _JUDGED = {
 }
 
 
+def _least_agreement(evidence: Evidence, variant: Variant) -> tuple[Values, Values]:
+  """The judge's agreement with samples, and with real test images, of the class that falls shortest of the latter."""
+  agreement, real = {}, {}
+  for seed, one in evidence.get(variant, {}).items():
+    section = one.summary.get("samples") or {}
+    if section.get("judge_recall"):
+      each, on_real = section["agreement_recognised"]["each"], section["judge_recall"]["each"]
+      pairs = [(mine, theirs) for mine, theirs in zip(each, on_real, strict=True) if None not in (mine, theirs)]
+      if pairs:
+        agreement[seed], real[seed] = min(pairs, key=lambda pair: pair[0] - pair[1])
+  return agreement, real
+
+
 def samples(evidence: Evidence) -> list[Row]:
   """The generator's samples."""
   rows = []
   for name, variant in _JUDGED.items():
     teacher = values(evidence, variant, "samples", "teacher")
     learnt = values(evidence, variant, "samples", "tstr", "mean")
-    for key, what in (("mean", "judge agrees on .80"), ("least", "judge agrees on .80 of each class")):
-      agreement = values(evidence, variant, "samples", "agreement_recognised", key)
+    for what, *path in (
+      ("judge agrees on .80", "agreement_recognised", "mean"),
+      ("judge agrees on .80 of each class", "agreement_recognised", "least"),
+      ("the same where it answers with a recognised class only", "agreement_among_recognised", "least"),
+    ):
+      agreement = values(evidence, variant, "samples", *path)
       wanted = dict.fromkeys(agreement, 0.8)
       rows.append(least("J", f"samples are of their class ({name})", what, agreement, wanted, 0.0))
+    what = "judge agrees as often as on real test images, -5 points, of each class"
+    agreement, real = _least_agreement(evidence, variant)
+    rows.append(least("J", f"samples are of their class ({name})", what, agreement, real, -0.05))
     rows.append(
       least(
         "J",

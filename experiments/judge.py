@@ -113,15 +113,19 @@ def measure(job: Any, result: simulation.Result, seen: np.ndarray) -> tuple[dict
   model, params = judge(dataset, config.model)
   said = _confusion(model, params, images, labels, every)
   agreement = metrics.recall(said)
+  of_real = _confusion(model, params, test_images, test_labels, every)
 
   teacher = metrics.recall(result.pooled_confusion(seen)) if result.pooled_confusion else np.full(num_classes, np.nan)
   known = seen & (teacher >= _RECOGNISED) if result.pooled_confusion else seen
   if known.any():  # restricted to these the teacher answers as its students do
     teacher = metrics.recall(result.pooled_confusion(known)) if result.pooled_confusion else teacher
+  chosen = np.flatnonzero(known[labels])
+  among = np.full(num_classes, np.nan)
+  if known.any():
+    among = metrics.recall(_confusion(model, params, images[chosen], labels[chosen], known))
   students = []
   fresh = nn.classifier(config.model, images.shape[1:], num_classes)
   train = _fit(fresh, num_classes)
-  chosen = np.flatnonzero(known[labels])
   for number in range(_STUDENTS if known.sum() > 1 else 0):
     store = Store(jnp.asarray(images[chosen]), jnp.asarray(labels[chosen], jnp.int32), jnp.arange(len(chosen)))
     learnt = train(store, jnp.int32(_STUDENT_STEPS), random.key(config.seed, random.Purpose.JUDGE, _STUDENT, number))
@@ -139,10 +143,12 @@ def measure(job: Any, result: simulation.Result, seen: np.ndarray) -> tuple[dict
   of_seen = np.where(seen, agreement, np.nan)
   section = {
     "count": config.judge,
-    "judge_accuracy": float(metrics.accuracy(_confusion(model, params, test_images, test_labels, every))),
+    "judge_accuracy": float(metrics.accuracy(of_real)),
+    "judge_recall": metrics.fairness.classes(metrics.recall(of_real)),
     "recognised": np.flatnonzero(known).tolist(),
     "agreement": metrics.fairness.classes(agreement),
     "agreement_recognised": metrics.fairness.classes(np.where(known, agreement, np.nan)),
+    "agreement_among_recognised": metrics.fairness.classes(among),
     "teacher": metrics.fairness.classes(np.where(known, teacher, np.nan))["mean"],
     "tstr": {
       "mean": float(np.mean(students)) if students else None,

@@ -429,11 +429,12 @@ def _judged(run: runs.Run) -> str:
     return ""
   share = lambda value: tables.percent(value, "–")
   names = run.class_names
-  trust = (section.get("trust") or {}).get("each") or []
+  trust, real = ((section.get(key) or {}).get("each") or [] for key in ("trust", "judge_recall"))
   rows = [
     [
       (names[c] if c < len(names) else str(c)) + ("" if c in section["recognised"] else " (not recognised)"),
       share(agreed),
+      share(real[c] if c < len(real) else None),
       share(trust[c] if c < len(trust) else None),
       str(section["modes"]["each"][c]),
     ]
@@ -451,7 +452,7 @@ def _judged(run: runs.Run) -> str:
     "attack by distance to samples (AUC)": _plain((privacy or {}).get("distance_auc")),
     "attack by the global model's loss (AUC)": _plain((privacy or {}).get("loss_auc")),
   }
-  header = ["class", "judge agrees (%)", "trust (%)", "different nearest images"]
+  header = ["class", "judge agrees (%)", "on real test images (%)", "trust (%)", "different nearest images"]
   return (
     "<h2>What the samples are worth</h2><p>Judged by a classifier trained on the whole data set, for this page alone. "
     "What counts is what fresh networks learn from samples, not what the judge says of them. An attack that learns "

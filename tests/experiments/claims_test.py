@@ -258,7 +258,9 @@ def test_the_ledger_decides_what_is_cheap():
 
 def test_samples_are_judged_by_what_they_teach():
   section = {
-    "agreement_recognised": {"mean": 0.9, "least": 0.7},
+    "agreement_recognised": {"mean": 0.9, "least": 0.7, "each": [1.0, None, 0.7, 0.8]},
+    "agreement_among_recognised": {"least": 0.85},
+    "judge_recall": {"each": [0.99, 0.99, 0.6, 0.83]},
     "teacher": 0.85,
     "tstr": {"mean": 0.7},
     "trust": {"correlation": 0.3},
@@ -269,8 +271,9 @@ def test_samples_are_judged_by_what_they_teach():
   }
   rows = CLAIMS["J"].judge(judged)
   by_claim = {row.claim: row for row in rows}
-  whole, each = (row.verdict for row in rows if row.claim == "samples are of their class (default)")
-  assert whole == HOLDS and each == FAILS
+  whole, each, among, as_real = (row for row in rows if row.claim == "samples are of their class (default)")
+  assert (whole.verdict, each.verdict, among.verdict) == (HOLDS, FAILS, HOLDS)
+  assert (as_real.measured, as_real.verdict) == ("-3.0 points", HOLDS)
   assert by_claim["samples teach a fresh network (default)"].verdict == FAILS
   assert by_claim["samples are of their class (class means)"].verdict == NOT_MEASURED
   assert by_claim["trust foretells the judge (default)"].measured == "0.3"

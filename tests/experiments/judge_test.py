@@ -96,9 +96,14 @@ def copied(tmp_path_factory):
 def test_samples_that_are_real(copied):
   section, privacy = copied.summary["samples"], copied.summary["privacy"]
   assert section["judge_accuracy"] > 0.9
+  tests = np.bincount(copied.measured[0].dataset.test_labels)
+  assert np.average(section["judge_recall"]["each"], weights=tests) == pytest.approx(section["judge_accuracy"])
   assert section["trust"]["each"] == pytest.approx(np.linspace(0, 1, tasks.NUM_CLASSES))
   assert set(section["recognised"]).isdisjoint(copied.summary["unseen"]["classes"]) and len(section["recognised"]) > 1
   assert section["agreement"]["mean"] > 0.9
+  # With fewer classes to choose from no right answer becomes wrong.
+  pairs = zip(section["agreement_among_recognised"]["each"], section["agreement_recognised"]["each"], strict=True)
+  assert all(among is each is None or among >= each for among, each in pairs)
   assert section["tstr"]["mean"] > section["teacher"] - 0.15
   assert section["modes"]["each"] == [16] * len(section["modes"]["each"])
   assert privacy["closer"] > 0.6 and 0 <= privacy["loss_auc"] <= 1 and privacy["examples"] > 50

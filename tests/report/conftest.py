@@ -143,6 +143,7 @@ def write(path, algorithm="ap_fl", clients=20, rounds=40, names=CLASSES, generat
     summary["samples"] = {
       "count": 64,
       "judge_accuracy": 0.987,
+      "judge_recall": {"each": np.linspace(0.9, 1.0, classes).tolist()},
       "recognised": list(range(classes - 2)),
       "agreement": {"each": agreement.tolist()},
       "agreement_recognised": {"mean": 0.876},

@@ -124,6 +124,7 @@ def test_page_says_what_the_run_says(ap_fl):
     "worst class personal models 50.0 11.0 22.2",
     "Compare with --algorithm=fedavg_ft and --algorithm=local on the same seed",
     "Of 20 clients, 1 chose the friend alone (0, 0), 2 the local model alone (1, 1), 16 something between, 1 neither",
+    "on real test images (%)",
     "judge agrees, classes that the global model recognises 87.6 %",
     "fresh networks taught by samples alone, on real test images of these classes 74.3 %",
     "$nine$ (not recognised)",
