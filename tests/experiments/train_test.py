@@ -72,6 +72,17 @@ def finished(tmp_path_factory):
   return workdir, result.stdout
 
 
+REMEMBERING = ("--algorithm=ditto", "--report=false")  # its clients have a memory, and it compiles soon
+
+
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "ditto"
+  result = train(f"--workdir={workdir}", *TINY, *REMEMBERING)
+  assert result.returncode == 0, result.stderr
+  return workdir
+
+
 def test_a_run_leaves_all_that_the_design_lists(finished):
   workdir, _ = finished
   files = ("flags.txt", "metrics.jsonl", "timings.jsonl", "clients.csv", "summary.json", "report.html", "checkpoints")
@@ -159,7 +170,7 @@ def test_a_finished_run_is_left_as_it_is(finished):
   assert result.stdout == output
 
 
-@pytest.mark.slow  # the default suite has it without the binary
+@pytest.mark.slow  # devices_test.py has it without the binary
 def test_two_devices_give_the_same(tmp_path):
   for name, devices in (("one", 1), ("two", 2)):
     flags = (*TINY, "--algorithm=fedavg_ft", "--report=false", f"--devices={devices}")
@@ -171,6 +182,7 @@ def test_two_devices_give_the_same(tmp_path):
     assert two[name] == pytest.approx(one[name], abs=1e-3, nan_ok=True)
 
 
+@pytest.mark.slow
 def test_two_devices_match_images_and_compile_once(tmp_path):
   """Batched LAPACK calls, of which there were some, wait there for each other."""
   matched = ("--ap_fl_source=matched", "--ap_fl_tier=s2", "--ap_fl_matching_steps=2", "--rounds=6", "--eval_clients=1")
@@ -209,26 +221,35 @@ def kill_in_the_middle(workdir: Path, *flags: str) -> None:
   assert not (workdir / "summary.json").exists()
 
 
-def test_the_flagfile_repeats_the_run_to_the_bit_even_if_it_is_killed_and_goes_on(finished, tmp_path):
-  workdir, _ = finished
-  killed, again = tmp_path / "killed", (f"--flagfile={workdir}/flags.txt", "--devices=1")
+def test_the_flagfile_repeats_the_run_to_the_bit_even_if_it_is_killed_and_goes_on(remembering, tmp_path):
+  killed, again = tmp_path / "killed", (f"--flagfile={remembering}/flags.txt", "--devices=1")
   kill_in_the_middle(killed, *again)
   result = train(*again, f"--workdir={killed}")
   assert result.returncode == 0, result.stderr
-  assert numbers(killed) == numbers(workdir)
+  assert numbers(killed) == numbers(remembering)
 
 
-def test_the_rounds_of_another_run_give_the_same_bits(finished, tmp_path):
-  other = ("--ap_fl_rho=0", "--dropped_examples=4", "--personal_steps=15", "--report=false")
-  for name, more in (("alone", ()), ("shared", (f"--trained={finished[0]}",))):
-    result = train(f"--workdir={tmp_path}/{name}", *TINY, *other, *more)
+def rounds_are_shared(workdir: Path, first: Path, *flags: str) -> None:
+  """With other personal models the rounds of `first` serve as its own would; flags are those of `first` and others."""
+  for name, more in (("alone", ()), ("shared", (f"--trained={first}",))):
+    result = train(f"--workdir={workdir}/{name}", *flags, "--dropped_examples=4", "--report=false", *more)
     assert result.returncode == 0, result.stderr
-  assert numbers(tmp_path / "shared") == numbers(tmp_path / "alone") != numbers(finished[0])
-  assert json.loads((tmp_path / "shared" / "summary.json").read_text())["rounds_of"] == finished[0].name
-  timings = [json.loads(line) for line in (tmp_path / "shared" / "timings.jsonl").read_text().splitlines()]
+  assert numbers(workdir / "shared") == numbers(workdir / "alone") != numbers(first)
+  summary = json.loads((workdir / "shared" / "summary.json").read_text())
+  assert summary["rounds_of"] == first.name
+  timings = [json.loads(line) for line in (workdir / "shared" / "timings.jsonl").read_text().splitlines()]
   # Its last chunk, and twice what comes after: no round was computed again.
-  assert [line["round"] for line in timings].count(8) == 3
+  assert [line["round"] for line in timings].count(summary["rounds"]) == 3
   assert timings[-2]["compilations"] == 0 < timings[-1]["compilations"]  # of the plan, of scoring
+
+
+def test_the_rounds_of_another_run_give_the_same_bits(remembering, tmp_path):
+  rounds_are_shared(tmp_path, remembering, *TINY, *REMEMBERING, "--personal_steps=15")
+
+
+@pytest.mark.slow
+def test_the_rounds_of_another_run_of_ap_fl_give_the_same_bits(finished, tmp_path):
+  rounds_are_shared(tmp_path, finished[0], *TINY, "--ap_fl_rho=0", "--personal_steps=15")
 
 
 @pytest.mark.slow

@@ -257,11 +257,6 @@ def test_binary_prints_the_page(unevaluated):
 
 
 def test_binary_ends_with_one_line_where_there_is_no_run(tmp_path):
-  for arguments, word in (
-    ((f"--workdir={tmp_path / 'nowhere'}",), "--workdir"),
-    (("surplus",), "not a flag"),
-    (("--wrong=1",), "wrong"),
-  ):
-    result = binary(*arguments)
-    assert result.returncode == 2 and result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1 and word in result.stderr
+  result = binary(f"--workdir={tmp_path / 'nowhere'}")
+  assert result.returncode == 2 and result.stdout == ""
+  assert len(result.stderr.splitlines()) == 1 and "--workdir" in result.stderr

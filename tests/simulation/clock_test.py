@@ -306,6 +306,7 @@ def test_clients_get_what_was_there_when_they_downloaded(concurrency):
   assert int(chunks.state.server["version"]) == np.count_nonzero(made.arrives & (made.group >= 0))
 
 
+@pytest.mark.slow  # to compile; rows of rounds are staged by default
 def test_rows_may_be_staged(tmp_path):
   """Client rows on disk and examples in host memory: the same bits, after a checkpoint too."""
   task = TASK._replace(sgd=SGD._replace(batch_size=3))
@@ -399,7 +400,10 @@ def test_masked_batches_are_a_heap_of_events():
   assert min(np.abs(ends["present"] - ends[mask]).max() for mask in ("own", "none")) > 0.1
 
 
-@pytest.mark.parametrize("clock", ["synchronous", "asynchronous"])
+CLOCKS = [pytest.param("synchronous", marks=pytest.mark.slow), "asynchronous"]  # slow to compile
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
 def test_equal_durations_are_rounds_with_the_mask_too(clock):
   """The cohort is all who are there, of whom half leave before they are heard; so the rounds are told that, too."""
   inputs = MASKED._replace(settings=SAME_SPEED.settings)
@@ -420,7 +424,7 @@ def test_equal_durations_are_rounds_with_the_mask_too(clock):
     tasks.assert_same((chunks.state.server, chunks.state.times), (ends["present"].server, ends["present"].times))
 
 
-@pytest.mark.parametrize("clock", ["synchronous", "asynchronous"])
+@pytest.mark.parametrize("clock", CLOCKS)
 def test_personal_models_get_the_classes_of_who_is_there_when_they_are_made(clock):
   kept = lambda data: (data.logit_offset > -jnp.inf).astype(jnp.float32)
   algorithm = fedavg(TASK)._replace(

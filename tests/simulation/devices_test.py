@@ -74,7 +74,7 @@ CLOCK = """
   inputs = jax.tree.map(np.asarray, tasks.inputs("fedasync"))
   settings = schedule.Settings("asynchronous", 3, 10, concurrency=5, jitter=0.8, round_seconds=1.0)
   process = lambda traced: population.chain(population.markov(0.3, 4.0), population.speeds("pareto", traced))
-  for count in (1, 2, 8):
+  for count in (1, 8):
     mesh = Mesh(np.array(jax.devices()[:count]), ("clients",)) if count > 1 else None
     made = schedule.make(process, np.float32(1.0), inputs.seed, settings, np.ones(6))
     plan = batches.plan(made)
@@ -107,8 +107,8 @@ def _arrays(path: Path) -> list[np.ndarray]:
 @pytest.mark.parametrize(
   ("method", "counts"),
   [  # slow to compile
-    ("fedavg", "1,2,8"),
-    pytest.param("fedavg", "1,4", marks=pytest.mark.slow),
+    ("fedavg", "1,8"),
+    pytest.param("fedavg", "1,2,4", marks=pytest.mark.slow),
     pytest.param("ap_fl", "1,2,4,8", marks=pytest.mark.slow),
   ],
 )
@@ -128,12 +128,11 @@ def test_devices_and_processes_give_the_same(tmp_path, method, counts):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=other)
 
 
-def test_the_clock_on_any_number_of_devices(tmp_path):
+def test_the_clock_on_one_device_and_on_eight(tmp_path):
   process = _start("fedasync", tmp_path, "", 8, text=CLOCK)
   output, _ = process.communicate(timeout=600)
   assert process.returncode == 0, output
-  for count in (2, 8):
-    for a, b in zip(_arrays(tmp_path / f"schedule-{count}.npz"), _arrays(tmp_path / "schedule-1.npz"), strict=True):
-      np.testing.assert_array_equal(a, b)
-    for a, b in zip(_arrays(tmp_path / f"server-{count}.npz"), _arrays(tmp_path / "server-1.npz"), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=str(count))
+  for a, b in zip(_arrays(tmp_path / "schedule-8.npz"), _arrays(tmp_path / "schedule-1.npz"), strict=True):
+    np.testing.assert_array_equal(a, b)
+  for a, b in zip(_arrays(tmp_path / "server-8.npz"), _arrays(tmp_path / "server-1.npz"), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
