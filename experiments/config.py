@@ -170,8 +170,8 @@ class Config:
   pooled_examples: int = _setting(1000, "pooled test examples, class-balanced; 0 for the whole split", least=0)
   judge: int = _setting(
     0,
-    "generated images a class that a classifier trained on the whole data set judges, with what fresh networks learn"
-    " from them and what they give away, for the report alone; 0 for none",
+    "generated images a class that a classifier trained on all training images judges, with what fresh networks learn"
+    " from them and what they give away, for the report alone, minutes after the rounds; 0 for none",
     least=0,
   )
   personalize_every: int = _setting(0, "rounds between scores of personal models; 0 for the last only", least=0)
@@ -530,6 +530,9 @@ def _one_line(error: flags.Error) -> str:
     return f"{name}: no such flag{meant}, accepted are those of --helpfull" + (
       f", {', '.join(own)} among them" if own and not meant else ""
     )
+  if isinstance(error, flags.CantOpenFlagFileError) and isinstance(error.__context__, OSError):
+    why = error.__context__
+    return f"flagfile: got {why.filename}: {why.strerror}, accepted is the flags.txt of a run"
   text = str(error).replace("\n", " ").removeprefix("ERROR:: ")
   if text.startswith("flag --") and "=" in text.split(":")[0]:
     name, _, value = text[len("flag --") :].split(": ")[0].partition("=")

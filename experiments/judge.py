@@ -1,9 +1,10 @@
 """What a run's generator is worth, and what it gives away: `--judge=N`, for reports alone.
 
-A judge is a classifier trained on the whole data set, once for each data set and model, and kept in the cache folder.
-It says of N samples a class whether they are what was asked for; fresh students are trained on the samples only and
-tested on real images (method 8.4); distances to real images tell modes and memories (2.11, 6.7). No method sees any of
-it. Classes are those that the teacher, the global model, recognises: of others its samples cannot be expected to be.
+A judge is a classifier trained on all training images of the data set, once for each data set and model, and kept in
+the cache folder. It says of N samples a class whether they are what was asked for; fresh students are trained on the
+samples only and tested on real images (method 8.4); distances to real images tell modes and memories (2.11, 6.7). No
+method sees any of it. Classes are those that the teacher, the global model, recognises: of others its samples cannot be
+expected to be.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from apfl_jax import algorithms, data, metrics, nn, random, simulation, training
 from apfl_jax.files import cache_dir, replacing
@@ -110,6 +112,9 @@ def measure(job: Any, result: simulation.Result, seen: np.ndarray) -> tuple[dict
   tests = np.flatnonzero(dataset.test_labels >= 0)
   test_images, test_labels = dataset.test_images[tests], dataset.test_labels[tests]
   every = np.ones(num_classes, bool)
+  silent = not config.progress or jax.process_index() > 0
+  bar = tqdm(total=_STUDENTS + 2, desc="judging samples", unit="part", disable=silent)
+  bar.set_postfix_str("by the judge, which is trained first where it is not kept")
   model, params = judge(dataset, config.model)
   said = _confusion(model, params, images, labels, every)
   agreement = metrics.recall(said)
@@ -123,6 +128,8 @@ def measure(job: Any, result: simulation.Result, seen: np.ndarray) -> tuple[dict
   among = np.full(num_classes, np.nan)
   if known.any():
     among = metrics.recall(_confusion(model, params, images[chosen], labels[chosen], known))
+  bar.update()
+  bar.set_postfix_str("by what fresh networks learn")
   students = []
   fresh = nn.classifier(config.model, images.shape[1:], num_classes)
   train = _fit(fresh, num_classes)
@@ -130,7 +137,9 @@ def measure(job: Any, result: simulation.Result, seen: np.ndarray) -> tuple[dict
     store = Store(jnp.asarray(images[chosen]), jnp.asarray(labels[chosen], jnp.int32), jnp.arange(len(chosen)))
     learnt = train(store, jnp.int32(_STUDENT_STEPS), random.key(config.seed, random.Purpose.JUDGE, _STUDENT, number))
     students.append(np.mean(metrics.recall(_confusion(fresh, learnt, test_images, test_labels, known))[known]))
+    bar.update()
 
+  bar.set_postfix_str("by the nearest images")
   near = metrics.samples.nearest(images, dataset.images[dataset.labels >= 0])
   seen_samples = images[seen[labels]]
   if len(members[0]) and len(seen_samples):
@@ -138,6 +147,9 @@ def measure(job: Any, result: simulation.Result, seen: np.ndarray) -> tuple[dict
     privacy["closer"] = metrics.privacy.closer(distance(members[0]), distance(others[0]))
     score = lambda examples: -metrics.samples.nearest(examples, seen_samples).distance
     privacy["distance_auc"] = metrics.privacy.auc(score(members[0]), score(others[0]))
+  bar.set_postfix_str("", refresh=False)
+  bar.update()
+  bar.close()
   trust = None if entry.trust is None else np.asarray(entry.trust(result.state.server), np.float64)
   number_of_modes = metrics.samples.modes(near.place, labels, num_classes)
   of_seen = np.where(seen, agreement, np.nan)

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import math
 import pathlib
 import shlex
@@ -85,11 +86,11 @@ _CAPTIONS = {
   ),
   "samples": (
     "What the generator draws",
-    "Each row is a class. The server has no example: it draws what the global model takes for that class. Of a "
-    "class marked unseen not even the global model met an example; its images come from the meaning of the class "
-    "alone, so expect little of them. The images need not look real: they are to carry what the global model knows. "
-    "A share in brackets is that of the class's pooled test images which the global model gets right; where it is "
-    "small, so is the worth of the images.",
+    "Each row is a class: real training images and, beside them, samples. The server has no example: it draws what "
+    "the global model takes for that class. Of a class marked unseen not even the global model met an example; its "
+    "images come from the meaning of the class alone, so expect little of them. The images need not look real: they "
+    "are to carry what the global model knows. A share in brackets is that of the class's pooled test images which the "
+    "global model gets right; where it is small, so is the worth of the images.",
   ),
   "trust": (
     "What the server trusts",
@@ -201,8 +202,7 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
     _fairness(run),
     _judged(run),
     *(_figure(*_caption(name, run), image) for name, image in images.items()),
-    "<h2>Cost</h2><p>Operations (FLOP) are counted from the programs as JAX traces them, not measured. Times that are "
-    "called compiled leave compiling out.</p>",
+    "<h2>Cost</h2><p>Operations (FLOP) are counted from the programs as JAX traces them, not measured.</p>",
     _facts(_costs(run)),
     "<h2>Repeat this run</h2>",
     _repeat(run),
@@ -213,6 +213,11 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
 def _caption(name: str, run: runs.Run) -> tuple[str, str]:
   """Heading and text of a picture."""
   heading, text = _CAPTIONS[name]
+  if name == "clients" and np.isnan(run.clients.global_accuracy).all():
+    text = (
+      "One bar a client: its personal model on its own test examples, best first. Clients without test examples are "
+      "left out."
+    )
   if name == "surface":
     text += _chosen(run.clients)
   if name == "presence" and run.summary.get("time"):
@@ -267,13 +272,21 @@ def _setting(run: runs.Run) -> str:
     tables.counted(summary["num_clients"], "client") + (f", {dropped:,} of them dropped{others}" if dropped else ""),
     f"partition: {partition}" if partition else "",
     f"schedule: {summary['time']['replayed']}" if replayed else "",
-    f"dropout: {summary['dropout']}" if summary.get("dropout") and not replayed else "",
+    _dropout(summary) if summary.get("dropout") and not replayed else "",
     f"softmax mask: {summary['softmax_mask']}" if summary.get("softmax_mask", "none") != "none" else "",
     tables.counted(summary["rounds"], "round"),
     f"seed {summary['seed']}",
     f"accuracies of {scored:,} of the clients" if scored < run.clients.id.size else "",
   ]
   return "; ".join(filter(None, parts)) + "."
+
+
+def _dropout(summary: Mapping[str, Any]) -> str:
+  """Who was away, with the rates, one of which may stand for all."""
+  names, rates = (str(summary.get(key, "")).replace(" ", "").split(",") for key in ("dropout", "drop_rate"))
+  rates *= len(names) if len(rates) == 1 else 1
+  rated = lambda name, rate: name if name in ("none", "trace") or not rate else f"{name} at rate {rate}"
+  return "dropout: " + ", ".join(itertools.starmap(rated, zip(names, rates, strict=True)))
 
 
 def _flags(run: runs.Run) -> dict[str, str]:
@@ -424,9 +437,15 @@ def _fairness(run: runs.Run) -> str:
 
 def _judged(run: runs.Run) -> str:
   """What the judge, students and attackers say of the samples, class by class."""
-  section, privacy = run.summary.get("samples"), run.summary.get("privacy")
+  section, privacy = run.summary.get("samples"), run.summary.get("privacy") or {}
   if not section:
     return ""
+  # Two standard deviations of the statistic of Mann and Whitney where neither side is above the other.
+  number = max(1, privacy.get("examples") or 1)
+  chance = 2 * math.sqrt((2 * number + 1) / (12 * number**2))
+  seen = run.arrays.get("seen", np.ones(len(section["agreement"]["each"])))
+  samples = max(1, section["count"] * int(seen.sum()))
+  attack = lambda key: f"{_plain(privacy.get(key)) or '–'} (by chance .50 ± {chance:.2f})"
   share = lambda value: tables.percent(value, "–")
   names = run.class_names
   trust, real = ((section.get(key) or {}).get("each") or [] for key in ("trust", "judge_recall"))
@@ -447,25 +466,35 @@ def _judged(run: runs.Run) -> str:
     "fresh networks taught by samples alone, on real test images of these classes": share(section["tstr"]["mean"])
     + " %",
     "the global model, their teacher, on the same images": share(section["teacher"]) + " %",
-    "correlation of trust with the judge": _plain((section.get("trust") or {}).get("correlation")),
-    "samples nearer to training than to test images": share((privacy or {}).get("closer")) + " % (by chance 50)",
-    "attack by distance to samples (AUC)": _plain((privacy or {}).get("distance_auc")),
-    "attack by the global model's loss (AUC)": _plain((privacy or {}).get("loss_auc")),
+    "correlation of trust with the judge": _plain((section.get("trust") or {}).get("correlation"))
+    or "none: all classes have the same trust, or too few have any",
+    "samples nearer to training than to test images": f"{share(privacy.get('closer'))} % (by chance 50 ±"
+    f" {100 / math.sqrt(samples):.0f})",
+    "attack by distance to samples (AUC)": attack("distance_auc"),
+    "attack by the global model's loss (AUC)": attack("loss_auc"),
   }
-  header = ["class", "judge agrees (%)", "on real test images (%)", "trust (%)", "different nearest images"]
+  header = [
+    "class",
+    "judge agrees (%)",
+    "judge is right on real test images (%)",
+    "trust (%)",
+    "different nearest images",
+  ]
   return (
-    "<h2>What the samples are worth</h2><p>Judged by a classifier trained on the whole data set, for this page alone. "
+    "<h2>What the samples are worth</h2><p>Judged by a classifier trained on all training images of the data set, for "
+    "this page alone. "
     "What counts is what fresh networks learn from samples, not what the judge says of them. An attack that learns "
     "nothing has an AUC of .5; a generator that remembers nothing is as near to test images as to training ones: both "
-    "try the samples and the model, not what clients send. A "
-    "class is recognised if the global model gets half of its test images right; trust is the mean probability that it "
-    "gives the class on samples of it; different nearest images: how many real ones are the nearest to some sample.</p>"
+    "try the samples and the model, not what clients send; ± is two standard deviations if all draws were "
+    "independent. A class is recognised if the global model gets half of its test images right; trust is the mean "
+    "probability that it gives the class on samples of it; different nearest images: how many real ones are the "
+    "nearest to some sample.</p>"
     f"{_facts(facts)}{_grid(tables.Grid(header, rows))}"
   )
 
 
 def _plain(value: float | None) -> str:
-  return "–" if value is None else f"{value:.2f}"
+  return "" if value is None else f"{value:.2f}"
 
 
 def _figure(heading: str, caption: str, image: bytes) -> str:
@@ -481,22 +510,27 @@ def _costs(run: runs.Run) -> dict[str, str]:
   summary = run.summary
   cost, clock = summary.get("cost") or {}, summary.get("time") or {}
   rounds = np.diff([line["round"] for line in run.timings], prepend=0)
-  seconds = np.array([line["seconds"] - line["compile_seconds"] for line in run.timings])
+  seconds = np.array([line["seconds"] for line in run.timings])
+  compiled = seconds - np.array([line["compile_seconds"] for line in run.timings])
   trained = rounds > 0  # what only evaluates adds a line, but no round
   scored = ~trained & (np.cumsum(rounds) > 0)
   versions = summary.get("versions") or {}
   total = lambda lines: _duration(float(seconds[lines].sum()) if lines.any() else None)
+  rest = float(summary.get("seconds") or 0.0) - float(seconds.sum())
   facts = {
     "time": _duration(summary.get("seconds")),
-    "of which compiling": _duration(summary.get("compile_seconds")),
+    "of which setting up": total(~trained & ~scored),
+    "of which rounds": total(trained),
+    "of which personalising and scoring at the end": total(scored),
+    "of which counting operations" + (" and judging samples" if summary.get("samples") else ""): _duration(rest)
+    if rest > 0
+    else "",
+    "compiling, in all of these, some of it at the same time": _duration(summary.get("compile_seconds")),
     "virtual time": _virtual(clock),
     "visits begun": _visits(clock),
     "a round, compiled (median over chunks)": _duration(
-      float(np.median(seconds[trained] / rounds[trained])) if trained.any() else None
+      float(np.median(compiled[trained] / rounds[trained])) if trained.any() else None
     ),
-    "setting up, compiled": total(~trained & ~scored),
-    "all rounds, compiled": total(trained),
-    "personalising and scoring at the end, compiled": total(scored),
     "peak memory": _amount(summary.get("peak_memory_bytes"), "B"),
     "local training": _amount(cost.get("local_flops"), "FLOP"),
     "server": _amount(cost.get("server_flops"), "FLOP"),

@@ -397,13 +397,15 @@ def _clients(figure: Figure, run: Run) -> bool:
     bar.set_hatch("///" if hatched else "")
   size = min(60.0, 400 / order.size)
   axes.plot(x, 100 * clients.global_accuracy[order], "_", color="black", ms=size, mew=2.2, ls="", clip_on=False)
-  axes.plot([], [], "_", color="black", ms=12, mew=2.2, ls="", label="global model")
+  if not np.isnan(clients.global_accuracy).all():
+    axes.plot([], [], "_", color="black", ms=12, mew=2.2, ls="", label="global model")
   if monopolist.any():
     axes.bar([0], [np.nan], color="#888888", edgecolor="white", lw=0, hatch="///", label="holds a monopolistic class")
   axes.set(ylabel="accuracy (%)", ylim=(0, 102), xlim=(-0.7, order.size - 0.3))
   axes.grid(axis="y")
   _label_clients(axes, run, order)
-  axes.legend(loc="upper right", bbox_to_anchor=(1, -0.1), ncols=2, fontsize=9)
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(loc="upper right", bbox_to_anchor=(1, -0.1), ncols=2, fontsize=9)
   _name_groups(axes, clients.dropped[known], gone)
   return True
 
