@@ -53,17 +53,15 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
 
 def _root(name: str, data_dir: str | Path | None) -> Path:
   """The folder of prepared sets; also the place that notices a missing package."""
+  root = None if data_dir is None else Path(data_dir).expanduser()
+  if root is not None and not root.is_dir():
+    what = "is not a folder" if root.exists() else "does not exist"
+    raise InputError(f"data_dir: {str(data_dir)!r} {what}; needs the folder in which tensorflow-datasets prepared sets")
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise InputError(f"dataset {name}: needs the package tensorflow-datasets; {_INSTALL}") from error
-  if data_dir is None:
-    return Path(tfds.core.constants.DATA_DIR).expanduser()
-  root = Path(data_dir).expanduser()
-  if not root.is_dir():
-    what = "is not a folder" if root.exists() else "does not exist"
-    raise InputError(f"data_dir: {str(data_dir)!r} {what}; needs the folder in which tensorflow-datasets prepared sets")
-  return root
+  return root or Path(tfds.core.constants.DATA_DIR).expanduser()
 
 
 def _builder(name: str, root: Path) -> Any:

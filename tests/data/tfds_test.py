@@ -173,6 +173,7 @@ def test_a_missing_package_names_the_extra(prepared, monkeypatch):
   folder, _ = prepared
   monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
   _says("tiny", folder, "tensorflow-datasets", "pip install 'apfl_jax[data]'")
+  _says("tiny", folder / "nowhere", "data_dir", "does not exist")  # a package would not help
   monkeypatch.undo()
 
 
