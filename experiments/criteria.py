@@ -719,7 +719,7 @@ def samples(evidence: Evidence) -> list[Row]:
     for what, *path in (
       ("judge agrees on .80", "agreement_recognised", "mean"),
       ("judge agrees on .80 of each class", "agreement_recognised", "least"),
-      ("the same where it answers with a recognised class only", "agreement_among_recognised", "least"),
+      ("judge agrees on .80 of each class, choosing among recognised ones only", "agreement_among_recognised", "least"),
     ):
       agreement = values(evidence, variant, "samples", *path)
       wanted = dict.fromkeys(agreement, 0.8)

@@ -112,18 +112,19 @@ def measure(job: Any, result: simulation.Result, seen: np.ndarray) -> tuple[dict
   tests = np.flatnonzero(dataset.test_labels >= 0)
   test_images, test_labels = dataset.test_images[tests], dataset.test_labels[tests]
   every = np.ones(num_classes, bool)
+  teacher = metrics.recall(result.pooled_confusion(seen)) if result.pooled_confusion else np.full(num_classes, np.nan)
+  known = seen & (teacher >= _RECOGNISED) if result.pooled_confusion else seen
+  if known.any():  # restricted to these the teacher answers as its students do
+    teacher = metrics.recall(result.pooled_confusion(known)) if result.pooled_confusion else teacher
+  number_of_students = _STUDENTS if known.sum() > 1 else 0
   silent = not config.progress or jax.process_index() > 0
-  bar = tqdm(total=_STUDENTS + 2, desc="judging samples", unit="part", disable=silent)
+  bar = tqdm(total=number_of_students + 2, desc="judging samples", unit="part", disable=silent)
   bar.set_postfix_str("by the judge, which is trained first where it is not kept")
   model, params = judge(dataset, config.model)
   said = _confusion(model, params, images, labels, every)
   agreement = metrics.recall(said)
   of_real = _confusion(model, params, test_images, test_labels, every)
 
-  teacher = metrics.recall(result.pooled_confusion(seen)) if result.pooled_confusion else np.full(num_classes, np.nan)
-  known = seen & (teacher >= _RECOGNISED) if result.pooled_confusion else seen
-  if known.any():  # restricted to these the teacher answers as its students do
-    teacher = metrics.recall(result.pooled_confusion(known)) if result.pooled_confusion else teacher
   chosen = np.flatnonzero(known[labels])
   among = np.full(num_classes, np.nan)
   if known.any():
@@ -133,7 +134,7 @@ def measure(job: Any, result: simulation.Result, seen: np.ndarray) -> tuple[dict
   students = []
   fresh = nn.classifier(config.model, images.shape[1:], num_classes)
   train = _fit(fresh, num_classes)
-  for number in range(_STUDENTS if known.sum() > 1 else 0):
+  for number in range(number_of_students):
     store = Store(jnp.asarray(images[chosen]), jnp.asarray(labels[chosen], jnp.int32), jnp.arange(len(chosen)))
     learnt = train(store, jnp.int32(_STUDENT_STEPS), random.key(config.seed, random.Purpose.JUDGE, _STUDENT, number))
     students.append(np.mean(metrics.recall(_confusion(fresh, learnt, test_images, test_labels, known))[known]))

@@ -283,7 +283,7 @@ def _setting(run: runs.Run) -> str:
 
 def _dropout(summary: Mapping[str, Any]) -> str:
   """Who was away, with the rates, one of which may stand for all."""
-  names, rates = (str(summary.get(key, "")).replace(" ", "").split(",") for key in ("dropout", "drop_rate"))
+  names, rates = (str(summary.get(key) or "").replace(" ", "").split(",") for key in ("dropout", "drop_rate"))
   rates *= len(names) if len(rates) == 1 else 1
   rated = lambda name, rate: name if name in ("none", "trace") or not rate else f"{name} at rate {rate}"
   return "dropout: " + ", ".join(itertools.starmap(rated, zip(names, rates, strict=True)))
@@ -440,12 +440,14 @@ def _judged(run: runs.Run) -> str:
   section, privacy = run.summary.get("samples"), run.summary.get("privacy") or {}
   if not section:
     return ""
-  # Two standard deviations of the statistic of Mann and Whitney where neither side is above the other.
-  number = max(1, privacy.get("examples") or 1)
-  chance = 2 * math.sqrt((2 * number + 1) / (12 * number**2))
-  seen = run.arrays.get("seen", np.ones(len(section["agreement"]["each"])))
-  samples = max(1, section["count"] * int(seen.sum()))
-  attack = lambda key: f"{_plain(privacy.get(key)) or '–'} (by chance .50 ± {chance:.2f})"
+
+  def attack(key: str) -> str:
+    """With two standard deviations of the statistic of Mann and Whitney where neither side is above the other."""
+    found, number = privacy.get(key), privacy["examples"] if privacy else 0
+    return (
+      f"{found:.2f} (by chance .50 ± {2 * math.sqrt((2 * number + 1) / 12) / number:.2f})" if found is not None else "–"
+    )
+
   share = lambda value: tables.percent(value, "–")
   names = run.class_names
   trust, real = ((section.get(key) or {}).get("each") or [] for key in ("trust", "judge_recall"))
@@ -466,10 +468,8 @@ def _judged(run: runs.Run) -> str:
     "fresh networks taught by samples alone, on real test images of these classes": share(section["tstr"]["mean"])
     + " %",
     "the global model, their teacher, on the same images": share(section["teacher"]) + " %",
-    "correlation of trust with the judge": _plain((section.get("trust") or {}).get("correlation"))
-    or "none: all classes have the same trust, or too few have any",
-    "samples nearer to training than to test images": f"{share(privacy.get('closer'))} % (by chance 50 ±"
-    f" {100 / math.sqrt(samples):.0f})",
+    "correlation of trust with the judge, where trust differs": _plain((section.get("trust") or {}).get("correlation")),
+    "samples nearer to training than to test images": f"{share(privacy.get('closer'))} % (by chance 50)",
     "attack by distance to samples (AUC)": attack("distance_auc"),
     "attack by the global model's loss (AUC)": attack("loss_auc"),
   }
@@ -485,8 +485,8 @@ def _judged(run: runs.Run) -> str:
     "this page alone. "
     "What counts is what fresh networks learn from samples, not what the judge says of them. An attack that learns "
     "nothing has an AUC of .5; a generator that remembers nothing is as near to test images as to training ones: both "
-    "try the samples and the model, not what clients send; ± is two standard deviations if all draws were "
-    "independent. A class is recognised if the global model gets half of its test images right; trust is the mean "
+    "try the samples and the model, not what clients send; ± is two standard deviations of "
+    "chance. A class is recognised if the global model gets half of its test images right; trust is the mean "
     "probability that it gives the class on samples of it; different nearest images: how many real ones are the "
     "nearest to some sample.</p>"
     f"{_facts(facts)}{_grid(tables.Grid(header, rows))}"
@@ -494,7 +494,7 @@ def _judged(run: runs.Run) -> str:
 
 
 def _plain(value: float | None) -> str:
-  return "" if value is None else f"{value:.2f}"
+  return "–" if value is None else f"{value:.2f}"
 
 
 def _figure(heading: str, caption: str, image: bytes) -> str:
@@ -509,11 +509,13 @@ def _costs(run: runs.Run) -> dict[str, str]:
   """What the run took, in words; what is not known is left out."""
   summary = run.summary
   cost, clock = summary.get("cost") or {}, summary.get("time") or {}
-  rounds = np.diff([line["round"] for line in run.timings], prepend=0)
-  seconds = np.array([line["seconds"] for line in run.timings])
-  compiled = seconds - np.array([line["compile_seconds"] for line in run.timings])
-  trained = rounds > 0  # what only evaluates adds a line, but no round
-  scored = ~trained & (np.cumsum(rounds) > 0)
+  lines = run.timings[-2:] if summary.get("rounds_of") else run.timings  # the others are of the run that trained
+  at = [line["round"] for line in lines]
+  rounds = np.diff(at, prepend=at[:1] if summary.get("rounds_of") else 0)
+  seconds = np.array([line["seconds"] for line in lines])
+  compiled = seconds - np.array([line["compile_seconds"] for line in lines])
+  trained = rounds > 0  # what sets up, at the start and after a stop, adds a line but no round; so does the end
+  scored = ~trained & (np.arange(len(lines)) == len(lines) - 1) & (len(lines) > 1)
   versions = summary.get("versions") or {}
   total = lambda lines: _duration(float(seconds[lines].sum()) if lines.any() else None)
   rest = float(summary.get("seconds") or 0.0) - float(seconds.sum())
@@ -522,9 +524,7 @@ def _costs(run: runs.Run) -> dict[str, str]:
     "of which setting up": total(~trained & ~scored),
     "of which rounds": total(trained),
     "of which personalising and scoring at the end": total(scored),
-    "of which counting operations" + (" and judging samples" if summary.get("samples") else ""): _duration(rest)
-    if rest > 0
-    else "",
+    "of which everything else": _duration(rest) if rest > 0 else "",
     "compiling, in all of these, some of it at the same time": _duration(summary.get("compile_seconds")),
     "virtual time": _virtual(clock),
     "visits begun": _visits(clock),

@@ -170,7 +170,7 @@ def test_a_finished_run_is_left_as_it_is(finished):
   assert result.stdout == output
 
 
-@pytest.mark.slow  # devices_test.py has it without the binary
+@pytest.mark.slow  # devices_test.py has two processes of one device each
 def test_two_devices_give_the_same(tmp_path):
   for name, devices in (("one", 1), ("two", 2)):
     flags = (*TINY, "--algorithm=fedavg_ft", "--report=false", f"--devices={devices}")
@@ -182,7 +182,7 @@ def test_two_devices_give_the_same(tmp_path):
     assert two[name] == pytest.approx(one[name], abs=1e-3, nan_ok=True)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # to compile, twice
 def test_two_devices_match_images_and_compile_once(tmp_path):
   """Batched LAPACK calls, of which there were some, wait there for each other."""
   matched = ("--ap_fl_source=matched", "--ap_fl_tier=s2", "--ap_fl_matching_steps=2", "--rounds=6", "--eval_clients=1")
@@ -275,6 +275,7 @@ BAD = {
   ("--dataset=nope",): ("nope", "digits"),
   ("--dataset=mnist", "--data_dir=/nowhere"): ("data_dir", "/nowhere"),
   ("--dataset=mnist", "--data_dir={tmp}"): ("mnist", "prepare"),
+  ("--flagfile={tmp}/nope.txt",): ("flagfile", "nope.txt: No such file", "flags.txt"),
   ("--alpha=0",): ("alpha", "0.0", "above 0"),
   ("--alpha=-1",): ("alpha", "-1.0", "above 0"),
   ("--alpha=nan",): ("alpha", "nan", "finite"),

@@ -1,6 +1,7 @@
 """The page of a run, and the binary that draws it again."""
 
 import base64
+import csv
 import html.parser
 import json
 import pathlib
@@ -134,8 +135,7 @@ def test_page_says_what_the_run_says(ap_fl):
     "device 2 x cpu, clients computed one after another",
     "of which setting up 7 s",
     "of which personalising and scoring at the end 90 s",
-    "of which counting operations and judging samples",
-    "samples nearer to training than to test images 51.2 % (by chance 50 ± 4)",  # 100 / sqrt(64 * 8)
+    "of which everything else",
     "attack by distance to samples (AUC) 0.52 (by chance .50 ± 0.08)",
     "dropout: cold at rate 0.6",
     "was still at work or was cut off",
@@ -144,6 +144,27 @@ def test_page_says_what_the_run_says(ap_fl):
   ):
     assert words in text
   assert "did not finish" not in text and "makes no personal models" not in text
+
+
+def test_page_of_a_run_with_the_rounds_of_another_counts_its_own_time(fedavg):
+  assert "of which rounds" in Page(report.write(fedavg)).text
+  change(fedavg, rounds_of="another", dropout="cold, bernoulli", drop_rate="0.6,0.2")
+  lines = (fedavg / "timings.jsonl").read_text().splitlines(keepends=True)
+  (fedavg / "timings.jsonl").write_text("".join([*lines[:-1], lines[-1].replace("90.0", "2.0"), lines[-1]]))
+  text = Page(report.write(fedavg)).text
+  assert "of which rounds" not in text
+  assert "of which setting up 2 s of which personalising and scoring at the end 90 s of which everything else" in text
+  assert "dropout: cold at rate 0.6, bernoulli at rate 0.2" in text
+
+
+def test_page_of_a_method_without_a_global_model_shows_none(fedavg):
+  rows = list(csv.DictReader((fedavg / "clients.csv").open()))
+  with (fedavg / "clients.csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(row | {"global_accuracy": ""} for row in rows)
+  text = Page(report.write(fedavg)).text
+  assert "One bar a client" in text and "the black mark" not in text
 
 
 def test_where_the_global_model_is_everybodys_the_page_says_so(fedavg):
