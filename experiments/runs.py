@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import gc
+import itertools
 import json
 import os
 import socket
@@ -138,8 +139,7 @@ def federation(config: Config) -> str:
     "pathological": f", {config.classes_per_client} classes each",
     "clustered": f" in {config.clusters}",
   }
-  rated = lambda name, rate: name if name in ("none", "trace") else f"{name} at rate {rate:g}"
-  processes = [rated(name, rate) for name, rate in zip(*config.processes, strict=True)]
+  processes = itertools.starmap(tables.absence, zip(*config.processes, strict=True))
   each = f" of {config.examples_per_client:,} examples" if config.examples_per_client else ""
   drawn = [f"{config.cohort_size:,} a round"] if config.cohort_size else []
   lost = config.monopolistic_classes

@@ -70,9 +70,8 @@ _CAPTIONS = {
   ),
   "clients": (
     "Client by client",
-    "One bar a client: its personal model on its own test examples, best first; the black mark is the global model on "
-    "the same examples. A bar above its mark is a client that personalisation helped. Clients without test examples "
-    "are left out.",
+    "One bar a client: its personal model on its own test examples, best first. Clients without test examples are "
+    "left out.",
   ),
   "partition": (
     "Who holds what",
@@ -213,10 +212,10 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
 def _caption(name: str, run: runs.Run) -> tuple[str, str]:
   """Heading and text of a picture."""
   heading, text = _CAPTIONS[name]
-  if name == "clients" and np.isnan(run.clients.global_accuracy).all():
-    text = (
-      "One bar a client: its personal model on its own test examples, best first. Clients without test examples are "
-      "left out."
+  if name == "clients" and not np.isnan(run.clients.global_accuracy).all():
+    text += (
+      " At each bar the black mark is the global model on the same examples: a bar above its mark is a client that "
+      "personalisation helped."
     )
   if name == "surface":
     text += _chosen(run.clients)
@@ -283,10 +282,11 @@ def _setting(run: runs.Run) -> str:
 
 def _dropout(summary: Mapping[str, Any]) -> str:
   """Who was away, with the rates, one of which may stand for all."""
-  names, rates = (str(summary.get(key) or "").replace(" ", "").split(",") for key in ("dropout", "drop_rate"))
+  names = [name.strip() for name in summary["dropout"].split(",")]
+  told = summary.get("drop_rate")
+  rates = [None] if told is None else [float(rate) for rate in str(told).split(",")]
   rates *= len(names) if len(rates) == 1 else 1
-  rated = lambda name, rate: name if name in ("none", "trace") or not rate else f"{name} at rate {rate}"
-  return "dropout: " + ", ".join(itertools.starmap(rated, zip(names, rates, strict=True)))
+  return "dropout: " + ", ".join(itertools.starmap(tables.absence, zip(names, rates, strict=True)))
 
 
 def _flags(run: runs.Run) -> dict[str, str]:
@@ -528,7 +528,7 @@ def _costs(run: runs.Run) -> dict[str, str]:
     "compiling, in all of these, some of it at the same time": _duration(summary.get("compile_seconds")),
     "virtual time": _virtual(clock),
     "visits begun": _visits(clock),
-    "a round, compiled (median over chunks)": _duration(
+    "a round without compiling (median over chunks)": _duration(
       float(np.median(compiled[trained] / rounds[trained])) if trained.any() else None
     ),
     "peak memory": _amount(summary.get("peak_memory_bytes"), "B"),

@@ -86,6 +86,11 @@ def counted(number: int, noun: str) -> str:
   return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def absence(name: str, rate: float | None) -> str:
+  """A process of availability with its rate, where it reads one and it is known, e.g. 'cold at rate 0.6'."""
+  return name if rate is None or name in ("none", "trace") else f"{name} at rate {rate:g}"
+
+
 def title(summary: dict[str, Any]) -> str:
   """The method on the data set, e.g. 'ap_fl on digits' or 'fedavg with krum on digits'."""
   around = f" with {', '.join(wrappers)}" if (wrappers := summary.get("wrappers")) else ""

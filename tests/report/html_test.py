@@ -3,6 +3,7 @@
 import base64
 import csv
 import html.parser
+import io
 import json
 import pathlib
 import subprocess
@@ -159,10 +160,12 @@ def test_page_of_a_run_with_the_rounds_of_another_counts_its_own_time(fedavg):
 
 def test_page_of_a_method_without_a_global_model_shows_none(fedavg):
   rows = list(csv.DictReader((fedavg / "clients.csv").open()))
-  with (fedavg / "clients.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, rows[0])
-    writer.writeheader()
-    writer.writerows(row | {"global_accuracy": ""} for row in rows)
+  without = io.StringIO()
+  writer = csv.DictWriter(without, rows[0])
+  writer.writeheader()
+  writer.writerows(row | {"global_accuracy": ""} for row in rows)
+  assert "the black mark" in Page(report.write(fedavg)).text
+  (fedavg / "clients.csv").write_text(without.getvalue())
   text = Page(report.write(fedavg)).text
   assert "One bar a client" in text and "the black mark" not in text
 
@@ -281,7 +284,16 @@ def test_binary_prints_the_page(unevaluated):
   assert (unevaluated / "report.html").exists()
 
 
-def test_binary_ends_with_one_line_where_there_is_no_run(tmp_path):
-  result = binary(f"--workdir={tmp_path / 'nowhere'}")
+@pytest.mark.parametrize(
+  ("argument", "word"),
+  [
+    ("--workdir={nowhere}", "--workdir"),
+    # Those of every binary, which train_test.py has by default.
+    pytest.param("surplus", "not a flag", marks=pytest.mark.slow),
+    pytest.param("--wrong=1", "wrong", marks=pytest.mark.slow),
+  ],
+)
+def test_binary_ends_with_one_line_where_there_is_no_run(tmp_path, argument, word):
+  result = binary(argument.format(nowhere=tmp_path / "nowhere"))
   assert result.returncode == 2 and result.stdout == ""
-  assert len(result.stderr.splitlines()) == 1 and "--workdir" in result.stderr
+  assert len(result.stderr.splitlines()) == 1 and word in result.stderr

@@ -74,7 +74,7 @@ CLOCK = """
   inputs = jax.tree.map(np.asarray, tasks.inputs("fedasync"))
   settings = schedule.Settings("asynchronous", 3, 10, concurrency=5, jitter=0.8, round_seconds=1.0)
   process = lambda traced: population.chain(population.markov(0.3, 4.0), population.speeds("pareto", traced))
-  for count in (1, 8):
+  for count in map(int, sys.argv[3].split(",")):
     mesh = Mesh(np.array(jax.devices()[:count]), ("clients",)) if count > 1 else None
     made = schedule.make(process, np.float32(1.0), inputs.seed, settings, np.ones(6))
     plan = batches.plan(made)
@@ -128,11 +128,12 @@ def test_devices_and_processes_give_the_same(tmp_path, method, counts):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=other)
 
 
-def test_the_clock_on_one_device_and_on_eight(tmp_path):
-  process = _start("fedasync", tmp_path, "", 8, text=CLOCK)
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 8])
+def test_the_clock_on_one_device_and_on_several(tmp_path, count):
+  process = _start("fedasync", tmp_path, f"1,{count}", 8, text=CLOCK)
   output, _ = process.communicate(timeout=600)
   assert process.returncode == 0, output
-  for a, b in zip(_arrays(tmp_path / "schedule-8.npz"), _arrays(tmp_path / "schedule-1.npz"), strict=True):
+  for a, b in zip(_arrays(tmp_path / f"schedule-{count}.npz"), _arrays(tmp_path / "schedule-1.npz"), strict=True):
     np.testing.assert_array_equal(a, b)
-  for a, b in zip(_arrays(tmp_path / "server-8.npz"), _arrays(tmp_path / "server-1.npz"), strict=True):
+  for a, b in zip(_arrays(tmp_path / f"server-{count}.npz"), _arrays(tmp_path / "server-1.npz"), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
