@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 
 from apfl_jax import algorithms, data, nn, population, semantics, simulation
@@ -181,18 +183,10 @@ def first_visit(
   return server, arguments, call(algorithm.local_update, *arguments)
 
 
-def ignored(build: Callable[[PyTree], Algorithm], inputs: Inputs) -> list[str]:
-  """What makes no difference to a client's visit: its 'key' (then its batches are always the same), half the 'work'."""
-
-  @jax.jit
-  def visit(inputs, key, work):
-    keys = jax.random.key(0), jax.random.key(1), key
-    return first_visit(build(inputs.settings), inputs.federation, keys, work)[-1]
-
-  usual = visit(inputs, jax.random.key(2), 1.0)
-  others = {"key": visit(inputs, jax.random.key(3), 1.0), "work": visit(inputs, jax.random.key(2), 0.5)}
-  same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
-  return [name for name, other in others.items() if same(usual, other)]
+def ignored(traced: ClosedJaxpr, names: Sequence[str], results: Sequence[bool]) -> list[str]:
+  """Which of its first arguments, by name, a traced function does not need for these of its results."""
+  _, needed = dce_jaxpr(traced.jaxpr, list(results))
+  return [name for name, read in zip(names, needed, strict=False) if not read]
 
 
 def on_host(tree: PyTree) -> PyTree:

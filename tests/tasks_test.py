@@ -24,6 +24,29 @@ def never_in_a_hurry(settings):
   return _fedavg(settings)._replace(local_update=local_update)
 
 
-@pytest.mark.parametrize(("build", "found"), [(_fedavg, []), (blind_to_its_key, ["key"]), (never_in_a_hurry, ["work"])])
+def draws_what_nobody_reads(settings):
+  def local_update(download, client, data, visit, key):
+    visit = visit._replace(wait=jax.random.randint(key, (), 0, 9))
+    return _fedavg(settings).local_update(download, client, data, visit, jax.random.key(5))
+
+  return _fedavg(settings)._replace(local_update=local_update)
+
+
+@pytest.mark.parametrize(
+  ("build", "found"),
+  [
+    (_fedavg, []),
+    (blind_to_its_key, ["key"]),
+    (draws_what_nobody_reads, ["key"]),
+    (never_in_a_hurry, ["work"]),
+  ],
+)
 def test_what_a_visit_ignores_is_found(build, found):
-  assert tasks.ignored(build, tasks.inputs("fedavg")) == found
+  inputs = tasks.inputs("fedavg")
+
+  def visit(key, work):
+    keys = jax.random.key(0), jax.random.key(1), key
+    return tasks.first_visit(build(inputs.settings), inputs.federation, keys, work)[-1]
+
+  traced = jax.make_jaxpr(visit)(jax.random.key(2), 1.0)
+  assert tasks.ignored(traced, ["key", "work"], [True] * len(traced.out_avals)) == found

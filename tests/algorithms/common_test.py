@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from apfl_jax import metrics, simulation
 from apfl_jax.algorithms import METHODS, WRAPPERS
@@ -66,6 +67,8 @@ def test_compiles_once(name):
 class _Traced(NamedTuple):
   """What was seen of a method's functions."""
 
+  program: ClosedJaxpr  # of all of them; its first arguments are the key of the visit, and its share of work
+  visit: list  # whether each of the results is one of the visit
   server: tuple  # its shapes before and after a round
   wrote: list  # the functions that wrote into their arguments
   splits: int  # how often keys were split
@@ -98,30 +101,32 @@ def _traced(name):
   inputs = tasks.inputs(name)
   algorithm, _ = tasks.build(name, tasks.NUM_CLIENTS, inputs.settings)
 
-  def everything(federation, *keys):
-    server, arguments, (client, upload) = tasks.first_visit(algorithm, federation, keys, call=call)
+  def everything(key, work, federation, init, init_client, *keys):
+    keys_of_visit = init, init_client, key
+    server, arguments, (client, upload) = tasks.first_visit(algorithm, federation, keys_of_visit, work, call)
     download, _, data, visit, _ = arguments
     kept = jax.tree.map(lambda x: x[None], upload.kept)
     one = jnp.zeros(1, jnp.int32)
     received = Received(upload.update, upload.weight, kept, one, one == 0, one)
-    after = call(algorithm.aggregate, server, received, keys[3])
-    model = call(algorithm.personalize, download, client, data, visit, keys[4])
-    call(algorithm.predict, model, jnp.zeros((2, *tasks.IMAGE_SHAPE)))
-    call(algorithm.global_model, server)
-    return server, after
+    after = call(algorithm.aggregate, server, received, keys[0])
+    model = call(algorithm.personalize, download, client, data, visit, keys[1])
+    answer = call(algorithm.predict, model, jnp.zeros((2, *tasks.IMAGE_SHAPE)))
+    shared = call(algorithm.global_model, server)
+    return {"server": (server, after), "visit": (client, upload), "others": (model, answer, shared)}
 
-  keys = jax.random.split(jax.random.key(0), 5)
+  key, *keys = jax.random.split(jax.random.key(0), 5)
   with pytest.MonkeyPatch.context() as recorded:
     recorded.setattr(jax.random, "split", recorded_split)
     recorded.setattr(jax.random, "fold_in", recorded_fold_in)
-    server = jax.eval_shape(everything, inputs.federation, *keys)
+    program, results = jax.make_jaxpr(everything, return_shape=True)(key, jnp.float32(1.0), inputs.federation, *keys)
   clashes = [
     (parts, number)
     for split_key, parts in splits
     for folded_key, number in folds
     if split_key is folded_key and not (isinstance(number, int) and number >= parts)
   ]
-  return _Traced(server, wrote, len(splits), clashes)
+  visit = [path[0].key == "visit" for path, _ in jax.tree.leaves_with_path(results)]
+  return _Traced(program, visit, results["server"], wrote, len(splits), clashes)
 
 
 def test_functions_leave_their_arguments_alone(name):
@@ -133,7 +138,9 @@ def test_functions_leave_their_arguments_alone(name):
 
 
 def test_a_visit_hangs_on_its_key_and_its_share_of_work(name):
-  assert not tasks.ignored(lambda settings: tasks.build(name, tasks.NUM_CLIENTS, settings)[0], tasks.inputs(name))
+  traced = _traced(name)
+  assert any(traced.visit)
+  assert not tasks.ignored(traced.program, ["key", "work"], traced.visit)
 
 
 def test_keys_from_folding_are_not_keys_from_splitting(name):
@@ -147,20 +154,17 @@ def test_keys_from_folding_are_not_keys_from_splitting(name):
 
 
 def test_keys_are_not_used_twice(name):
-  def reusing(seed):
-    key = jax.random.key(seed)
+  def reusing(key):
     return jax.random.normal(key) + jax.random.uniform(key)
 
-  simulator, inputs = tasks.simulator(name), tasks.inputs(name)
-  state = jax.eval_shape(simulator.init, inputs)
-  rows = jnp.arange(tasks.NUM_CLIENTS)
-  with jax.debug_key_reuse(True):
-    with pytest.raises(jax.errors.KeyReuseError):
-      jax.jit(reusing).trace(0)
-    # In functions made here, since what was traced before is not looked at again.
-    jax.jit(lambda *args: simulator.init(*args)).trace(inputs)
-    jax.jit(lambda *args: simulator.advance(*args)).trace(state, inputs, jnp.int32(2))
-    jax.jit(lambda *args: simulator.score_personal(*args)).trace(state, inputs, rows, rows >= 0)
+  def check(program):
+    # Anew, since what was traced before is not looked at again; from the program, which takes less than the functions.
+    with jax.debug_key_reuse(True):
+      jax.jit(jaxpr_as_fun(program)).trace(*program.in_avals)
+
+  with pytest.raises(jax.errors.KeyReuseError):
+    check(jax.make_jaxpr(reusing)(jax.random.key(0)))
+  check(_traced(name).program)
 
 
 def test_learns(name):

@@ -258,6 +258,18 @@ def test_rows_may_be_in_any_order(name):
   tasks.assert_same(tasks.personal(simulator, there, moved), jax.tree.map(lambda x: x[ORDER], scores))
 
 
+def test_keys_are_not_used_twice():
+  """By the engine, the process and a method; every method is looked at without the engine, in common_test."""
+  simulator, inputs = tasks.simulator("fedavg"), tasks.inputs("fedavg")
+  state = jax.eval_shape(simulator.init, inputs)
+  rows = jnp.arange(tasks.NUM_CLIENTS)
+  with jax.debug_key_reuse(True):
+    # In functions made here, since what was traced before is not looked at again.
+    jax.jit(lambda *args: simulator.init(*args)).trace(inputs)
+    jax.jit(lambda *args: simulator.advance(*args)).trace(state, inputs, jnp.int32(2))
+    jax.jit(lambda *args: simulator.score_personal(*args)).trace(state, inputs, rows, rows >= 0)
+
+
 @pytest.mark.parametrize("how", ["sequential", "vmap"])
 def test_a_client_does_not_depend_on_the_others(how):
   """Its own model after its first visit, in a full cohort and in one of few."""
