@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from apfl_jax import algorithms
 from apfl_jax.errors import InputError
 from experiments import methods
+from tests import binaries
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -36,19 +36,20 @@ def test_the_example_of_a_method_is_short():
 def test_the_example_of_a_method_is_a_binary_and_has_the_common_tests(tmp_path):
   """By the two commands below it."""
   (tmp_path / "q_fedavg.py").write_text(METHOD)
-  environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-  call = partial(subprocess.run, env=environment, capture_output=True, text=True, check=False)
   run, test = re.search(r"^python (q_fedavg\.py .*)\npython (-m pytest .*)$", TEXT, re.MULTILINE).groups()
   here = ("--num_clients=4", "--local_steps=2", "--personal_steps=1", "--report=false")
-  made = call([sys.executable, *run.split(), *here], cwd=tmp_path)
+  made = binaries.run(*run.split(), *here, cwd=tmp_path)
   assert made.returncode == 0, made.stderr
   assert "--q_fedavg_q=0.5\n" in (tmp_path / "runs/q_fedavg-fast-0/flags.txt").read_text()
-  helped = call([sys.executable, "q_fedavg.py", "--help"], cwd=tmp_path)
+  helped = binaries.run("q_fedavg.py", "--help", cwd=tmp_path)
   assert "--num_clients" in helped.stdout
   compared = re.search(r"^python -c '(import q_fedavg.*?)' --methods=q_fedavg,fedavg$", TEXT, re.MULTILINE)[1]
-  listed = call([sys.executable, "-c", compared, "--methods=q_fedavg,fedavg", "--seeds=0", "--dry_run"], cwd=tmp_path)
+  (tmp_path / "compared.py").write_text(compared)
+  listed = binaries.run("compared.py", "--methods=q_fedavg,fedavg", "--seeds=0", "--dry_run", cwd=tmp_path)
   assert listed.returncode == 0 and "q_fedavg-0" in listed.stdout, listed.stderr
-  tested = call([sys.executable, *test.split(), "-k", "q_fedavg and same_bits"], cwd=ROOT)
+  environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+  command = [sys.executable, *test.split(), "-k", "q_fedavg and same_bits"]
+  tested = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
   assert tested.returncode == 0 and " 1 passed" in tested.stdout, tested.stdout
 
 

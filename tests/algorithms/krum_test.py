@@ -114,8 +114,10 @@ def test_rounds_with_too_few_uploads_are_told(tmp_path, capsys):
   """Of 8 clients half never come: 4 uploads, where f = 1 wants 5."""
   small = {"dataset": "fast", "model": "mlp", "num_clients": 8, "partition": "iid", "monopolistic_classes": 0}
   brief = {"rounds": 2, "local_steps": 2, "personal_steps": 1, "min_size": 4, "report": False, "progress": False}
+  programs = job.Programs()
   run = lambda rate: job.run(
-    Config(algorithm="fedavg", wrappers="krum", drop_rate=rate, workdir=str(tmp_path / rate), **small, **brief)
+    Config(algorithm="fedavg", wrappers="krum", drop_rate=rate, workdir=str(tmp_path / rate), **small, **brief),
+    programs,
   )
   run("0.5")
   said = "note: krum promises nothing of a round with fewer than 5 uploads, as in 2 of 2"

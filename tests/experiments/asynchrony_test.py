@@ -1,8 +1,6 @@
 """What asynchrony shows, on made-up runs: targets, returns, the life of a class; and the binary without running it."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,8 +15,8 @@ from experiments import asynchrony, job
 from experiments.asynchrony import PARTS, Done
 from experiments.config import Config
 from experiments.criteria import FAILS, HOLDS, NOT_MEASURED
+from tests import binaries
 
-ROOT = Path(__file__).parents[2]
 HISTOGRAM = np.array([[5, 0, 2], [0, 0, 9], [3, 0, 0], [6, 7, 0]])  # class 2: clients 0 and 1, of which 1 has most
 
 
@@ -234,7 +232,6 @@ def test_a_written_trace_is_of_the_runs_partition(tmp_path):
 
 
 def test_an_unknown_part_ends_with_a_line(tmp_path):
-  command = [sys.executable, "-m", "experiments.asynchrony", f"--output={tmp_path}", "--parts=fate"]
-  ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  ended = binaries.run("experiments.asynchrony", f"--output={tmp_path}", "--parts=fate")
   assert ended.returncode == 2
   assert ended.stderr.strip().endswith("parts: got 'fate', accepted are target, return, life, comma-separated")

@@ -1,17 +1,14 @@
 """The benchmark: its rows say what was run, its rates follow from them, bad input is one line."""
 
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import benchmark
+from tests import binaries
 
-ROOT = Path(__file__).parents[2]
 KEYS = {"suite", "case", "samples_per_second", "seconds", "compile_seconds", "peak_memory_bytes", "device", "versions"}
 
 
@@ -48,8 +45,7 @@ def test_a_case_goes_on_from_state_to_state():
   ("flag", "word"), [("--suites=speed", "local_training"), ("--repeats=0", "1 or more"), ("--peers=speed", "fedjax")]
 )
 def test_bad_input_is_one_line(flag, word):
-  command = [sys.executable, "-m", "experiments.benchmark", flag]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  result = binaries.run("experiments.benchmark", flag)
   assert result.returncode == 2
   assert len(result.stderr.splitlines()) == 1 and word in result.stderr
 
@@ -65,8 +61,7 @@ def test_the_spec_of_a_peer_is_what_we_do():
 @pytest.mark.slow
 def test_a_suite_from_the_command_line(tmp_path):
   file = tmp_path / "rows.json"
-  command = [sys.executable, "-m", "experiments.benchmark", "--suites=generator", "--repeats=1", f"--json={file}"]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  result = binaries.run("experiments.benchmark", "--suites=generator", "--repeats=1", f"--json={file}")
   assert result.returncode == 0, result.stderr
   rows = json.loads(file.read_text())
   assert [row["case"] for row in rows] == ["ap_fl/8x8x1", "ap_fl/28x28x1", "ap_fl/32x32x3"]

@@ -1,9 +1,6 @@
 """Verdicts on made-up runs, what is run for which claim, and the binary without running anything."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +10,8 @@ from apfl_jax.errors import InputError
 from apfl_jax.report import run, tables
 from experiments import claims, config, criteria, fronts
 from experiments.criteria import CLAIMS, FAILS, HOLDS, NOT_MEASURED, ONE_SEED, REPORTED, TIE, Found, of, told
+from tests import binaries
 
-ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2, 3, 4)
 NOISE = (0.0, 0.004, -0.004, 0.002, -0.002)
 
@@ -362,10 +359,8 @@ def test_claims_are_parsed():
 
 
 def test_the_binary_lists_its_runs(tmp_path):
-  command = [sys.executable, "-m", "experiments.claims", "--dry_run", f"--output={tmp_path}", "--claims=A5,A7"]
-  result = subprocess.run(
-    [*command, "--seeds=0,1", "--rounds=3"], cwd=ROOT, capture_output=True, text=True, check=False
-  )
+  flags = ("--dry_run", f"--output={tmp_path}", "--claims=A5,A7", "--seeds=0,1", "--rounds=3")
+  result = binaries.run("experiments.claims", *flags)
   assert result.returncode == 0, result.stderr
   lines = result.stdout.splitlines()
   assert {"ap_fl-0", "fedavg-1", "fedavg_ft-1"} <= set(lines)

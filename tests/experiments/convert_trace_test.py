@@ -5,8 +5,6 @@ lists, and files that are broken or would run code.
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,6 +15,7 @@ import pytest
 from apfl_jax import population
 from apfl_jax.errors import InputError
 from experiments import convert_trace
+from tests import binaries
 
 DAY = 86400
 # The first is an entry of the public file, as others print it; `duration` is the sum of its spans.
@@ -51,14 +50,7 @@ def listed(path, entries, what="availability"):
 
 
 def command(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.convert_trace", *arguments],
-    cwd=Path(__file__).parents[2],
-    env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  return binaries.run("experiments.convert_trace", *arguments)
 
 
 @jax.jit

@@ -14,6 +14,7 @@ import pytest
 from apfl_jax import semantics
 from apfl_jax.errors import InputError
 from experiments import embed_classes
+from tests import binaries
 
 _NAMES = ("cat", "maple_tree", "3", "T-shirt/top")
 _TEXTS = ("cat", "maple tree", "three", "T-shirt or top")
@@ -165,7 +166,7 @@ def _command(*flags):
 
 
 def test_bad_input_is_one_line_and_exit_code_2():
-  result = _command("--class_names=cat,dog")
+  result = binaries.run("experiments.embed_classes", "--class_names=cat,dog")
   assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
   assert "dataset: got none" in result.stderr
 

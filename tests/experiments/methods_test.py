@@ -5,9 +5,6 @@ import json
 import math
 import re
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +14,8 @@ from apfl_jax.errors import InputError
 from apfl_jax.report import html, plots, tables
 from experiments import config, job, methods, runs
 from experiments.config import Config
+from tests import binaries
 
-ROOT = Path(__file__).parents[2]
 SMALL = {
   "dataset": "fast",
   "model": "mlp",
@@ -187,8 +184,8 @@ def test_bad_lists_are_refused_in_a_line(parse, text, words):
 def test_the_binary_lists_and_tells_of_failures(tmp_path):
   (tmp_path / "fedprox-5").mkdir()
   (tmp_path / "fedprox-5" / "flags.txt").write_text("--algorithm=another\n")
-  command = [sys.executable, "-m", "experiments.methods", f"--output={tmp_path}", "--seeds=5", "--fedprox_mu=0.5"]
-  call = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+  given = (f"--output={tmp_path}", "--seeds=5", "--fedprox_mu=0.5")
+  call = lambda *more: binaries.run("experiments.methods", *given, *more)
   listed = call("--methods=fedavg,fedprox", "--dry_run", "--dataset=fast")
   assert listed.returncode == 0 and not listed.stderr
   first, second = listed.stdout.splitlines()

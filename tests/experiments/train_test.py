@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,8 +13,8 @@ import pytest
 
 from experiments import job
 from experiments.config import Config
+from tests import binaries
 
-ROOT = Path(__file__).parents[2]
 TINY = (
   "--dataset=fast",
   "--model=mlp",
@@ -41,12 +39,8 @@ TINY = (
 )
 
 
-def command(*flags: str) -> list[str]:
-  return [sys.executable, "-m", "experiments.train", *flags]
-
-
-def train(*flags: str) -> subprocess.CompletedProcess[str]:
-  return subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True, check=False)
+def train(*flags: str, **where: Path) -> subprocess.CompletedProcess[str]:
+  return binaries.run("experiments.train", *flags, **where)
 
 
 def numbers(workdir: Path) -> dict:
@@ -72,13 +66,20 @@ def finished(tmp_path_factory):
   return workdir, result.stdout
 
 
-REMEMBERING = ("--algorithm=ditto", "--report=false")  # its clients have a memory, and it compiles soon
+REMEMBERING = "--algorithm=ditto"  # its clients have a memory, and it compiles soon
 
 
 @pytest.fixture(scope="module")
-def remembering(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("runs") / "ditto"
-  result = train(f"--workdir={workdir}", *TINY, *REMEMBERING)
+def unreported(tmp_path_factory):
+  """A run where matplotlib is missing."""
+  folder = tmp_path_factory.mktemp("runs")
+  (folder / "matplotlib.py").write_text("raise ModuleNotFoundError('no plots here', name='matplotlib')")
+  return folder / "ditto", train(f"--workdir={folder}/ditto", *TINY, REMEMBERING, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def remembering(unreported):
+  workdir, result = unreported
   assert result.returncode == 0, result.stderr
   return workdir
 
@@ -187,8 +188,10 @@ def test_two_devices_match_images_and_compile_once(tmp_path):
   """Batched LAPACK calls, of which there were some, wait there for each other."""
   matched = ("--ap_fl_source=matched", "--ap_fl_tier=s2", "--ap_fl_matching_steps=2", "--rounds=6", "--eval_clients=1")
   flags = (f"--workdir={tmp_path}/run", *TINY, *matched, "--devices=2", "--report=false")
-  result = subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-  assert result.returncode == 0, result.stderr
+  process = binaries.start("experiments.train", *flags, output=tmp_path)
+  process.join(300)
+  process.kill()
+  assert process.exitcode == 0, (tmp_path / "stderr").read_text()
   assert json.loads((tmp_path / "run" / "summary.json").read_text())["device"].startswith("2 x")
   timings = [json.loads(line) for line in (tmp_path / "run" / "timings.jsonl").read_text().splitlines()]
   assert [row["compilations"] for row in timings[1:-1]] == [0, 0, 0]
@@ -205,24 +208,22 @@ def test_a_run_killed_before_its_report_gets_it(finished, tmp_path):
 
 def kill_in_the_middle(workdir: Path, *flags: str) -> None:
   """Starts a run and kills it after its first checkpoint and before its end."""
-  process = subprocess.Popen(
-    command(*flags, f"--workdir={workdir}"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-  )
+  process = binaries.start("experiments.train", *flags, f"--workdir={workdir}", output=workdir.parent)
   try:
     limit = time.monotonic() + 300
     complete = lambda: [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
     while not complete():
-      assert process.poll() is None, "ended before its first checkpoint"
+      assert process.is_alive(), "ended before its first checkpoint"
       assert time.monotonic() < limit
       time.sleep(0.01)
   finally:
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
   assert not (workdir / "summary.json").exists()
 
 
 def test_the_flagfile_repeats_the_run_to_the_bit_even_if_it_is_killed_and_goes_on(remembering, tmp_path):
-  killed, again = tmp_path / "killed", (f"--flagfile={remembering}/flags.txt", "--devices=1")
+  killed, again = tmp_path / "killed", (f"--flagfile={remembering}/flags.txt", "--devices=1", "--report=false")
   kill_in_the_middle(killed, *again)
   result = train(*again, f"--workdir={killed}")
   assert result.returncode == 0, result.stderr
@@ -244,7 +245,7 @@ def rounds_are_shared(workdir: Path, first: Path, *flags: str) -> None:
 
 
 def test_the_rounds_of_another_run_give_the_same_bits(remembering, tmp_path):
-  rounds_are_shared(tmp_path, remembering, *TINY, *REMEMBERING, "--personal_steps=15")
+  rounds_are_shared(tmp_path, remembering, *TINY, REMEMBERING, "--personal_steps=15")
 
 
 @pytest.mark.slow
@@ -365,9 +366,8 @@ for case in json.load(sys.stdin):
   answers.append([code, text.getvalue()])
 print(json.dumps(answers))
 """
-  result = subprocess.run(
-    [sys.executable, "-c", code], cwd=ROOT, input=json.dumps(cases), capture_output=True, text=True, check=False
-  )
+  command, given = [sys.executable, "-c", code], json.dumps(cases)
+  result = subprocess.run(command, cwd=binaries.ROOT, input=given, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr
   answers = json.loads(result.stdout.splitlines()[-1])
   for flags, wanted, (exit_code, text) in zip(BAD, BAD.values(), answers, strict=True):
@@ -383,23 +383,21 @@ def test_help_lists_the_methods():
   assert {"ap_fl", "fedavg", "fedavg_ft", "local"} <= {line.split()[0] for line in result.stdout.splitlines()}
 
 
-def test_it_runs_where_matplotlib_is_missing(tmp_path):
-  (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('no plots here', name='matplotlib')")
-  environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-  flags = (f"--workdir={tmp_path}/run", *TINY, "--algorithm=fedavg", "--rounds=2")
-  result = subprocess.run(command(*flags), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+def test_it_runs_where_matplotlib_is_missing(unreported):
+  workdir, result = unreported
   assert result.returncode == 0, result.stderr
   assert "apfl_jax[report]" in result.stderr
-  assert (tmp_path / "run" / "summary.json").is_file()
+  assert (workdir / "summary.json").is_file() and not (workdir / "report.html").exists()
 
 
 def test_uploads_that_are_not_finite_are_told(tmp_path, capsys):
   """Training that goes astray is not taken for absence."""
   small = {"dataset": "fast", "model": "mlp", "num_clients": 4, "partition": "iid", "monopolistic_classes": 0}
   brief = {"rounds": 2, "local_steps": 4, "personal_steps": 1, "min_size": 4, "dropout": "none"}
-  quiet = {"progress": False, "report": False}
+  quiet, programs = {"progress": False, "report": False}, job.Programs()
   run = lambda rate: job.run(
-    Config(algorithm="fedavg", learning_rate=rate, workdir=str(tmp_path / f"{rate:g}"), **small, **brief, **quiet)
+    Config(algorithm="fedavg", learning_rate=rate, workdir=str(tmp_path / f"{rate:g}"), **small, **brief, **quiet),
+    programs,
   )
   run(1e30)
   said = capsys.readouterr().err.splitlines()

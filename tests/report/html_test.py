@@ -14,8 +14,7 @@ import pytest
 from apfl_jax import report
 from apfl_jax.errors import InputError
 from apfl_jax.report import plots
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import binaries
 
 
 class Page(html.parser.HTMLParser):
@@ -269,16 +268,11 @@ def test_without_matplotlib_the_extra_is_named(ap_fl, monkeypatch):
 
 def test_import_does_not_load_matplotlib():
   code = "import sys, apfl_jax.report; sys.exit('matplotlib' in sys.modules)"
-  assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
-
-
-def binary(*arguments):
-  command = [sys.executable, "-m", "experiments.report", *arguments]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert subprocess.run([sys.executable, "-c", code], cwd=binaries.ROOT, check=False).returncode == 0
 
 
 def test_binary_prints_the_page(unevaluated):
-  result = binary(f"--workdir={unevaluated}")
+  result = binaries.run("experiments.report", f"--workdir={unevaluated}")
   assert result.returncode == 0, result.stderr
   assert pathlib.Path(result.stdout.strip()) == unevaluated / "report.html"
   assert (unevaluated / "report.html").exists()
@@ -294,6 +288,6 @@ def test_binary_prints_the_page(unevaluated):
   ],
 )
 def test_binary_ends_with_one_line_where_there_is_no_run(tmp_path, argument, word):
-  result = binary(argument.format(nowhere=tmp_path / "nowhere"))
+  result = binaries.run("experiments.report", argument.format(nowhere=tmp_path / "nowhere"))
   assert result.returncode == 2 and result.stdout == ""
   assert len(result.stderr.splitlines()) == 1 and word in result.stderr
