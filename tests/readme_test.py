@@ -48,7 +48,7 @@ def test_the_example_of_a_method_is_a_binary_and_has_the_common_tests(tmp_path):
   listed = binaries.run("compared.py", "--methods=q_fedavg,fedavg", "--seeds=0", "--dry_run", cwd=tmp_path)
   assert listed.returncode == 0 and "q_fedavg-0" in listed.stdout, listed.stderr
   environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-  command = [sys.executable, *test.split(), "-k", "q_fedavg and same_bits"]
+  command = [sys.executable, *test.split(), "-k", "q_fedavg and arguments_alone"]
   tested = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
   assert tested.returncode == 0 and " 1 passed" in tested.stdout, tested.stdout
 

@@ -37,6 +37,12 @@ def made_once(make):
   return make(linear.task(), **SETTINGS[make])
 
 
+@functools.cache
+def plain():
+  """FedAvg, with which methods are compared."""
+  return fedavg(linear.task())
+
+
 def logits(params, images=IMAGES):
   return images.reshape(len(images), -1) @ params.base @ params.head
 
@@ -96,12 +102,12 @@ def test_a_client_without_examples_has_no_more_say_than_one_whose_upload_is_lost
 
 @pytest.mark.parametrize("settings", [{}, {"alpha": 0.0, "beta": 0.0}])
 def test_without_what_the_generator_teaches_fedgen_is_fedavg(settings):
-  plain = linear.Rounds(fedavg(linear.task()))
+  usual = linear.Rounds(plain())
   other = linear.Rounds(fedgen(linear.task(), generator_steps=1, **settings))
   for ids, same in (((0, 1, 3), True), ((0, 1, 2), bool(settings))):  # in the first round nothing is taught
-    plain.advance(ids)
+    usual.advance(ids)
     other.advance(ids)
-    gap = abs(np.asarray(other.params.head) - np.asarray(plain.params.head)).max()
+    gap = abs(np.asarray(other.params.head) - np.asarray(usual.params.head)).max()
     assert gap < 1e-6 if same else gap > 1e-3
   held = sum(linear.oracle(id).y.sum(0) for id in (0, 1, 2, 3)) > 0
   np.testing.assert_array_equal(other.server.shared.seen, held)
@@ -121,12 +127,13 @@ def test_heads_teach_the_classes_that_their_clients_hold():
 
 
 def test_what_fedgens_generator_teaches_fades_by_rounds_however_many_uploads_make_one():
+  of = lambda each: fedgen(linear.task()._replace(aggregations=each), alpha=3.0, beta=3.0)
+  start = jax.jit(of(1).init)(jax.random.key(0)).shared
+  updates = {each: jax.jit(of(each).local_update) for each in (1, 4)}
   ends = []
   for each, so_far in ((1, 2), (4, 9), (4, 12)):
-    algorithm = fedgen(linear.task()._replace(aggregations=each), alpha=3.0, beta=3.0)
-    shared = algorithm.init(jax.random.key(0)).shared
-    shared = shared._replace(aggregations=jnp.int32(so_far), seen=shared.seen | True)
-    told = algorithm.local_update(Download(shared), (), linear.data(0), linear.visit(0), jax.random.key(1))
+    shared = start._replace(aggregations=jnp.int32(so_far), seen=start.seen | True)
+    told = updates[each](Download(shared), (), linear.data(0), linear.visit(0), jax.random.key(1))
     ends.append(told[1].update.head)
   np.testing.assert_array_equal(ends[0], ends[1])
   assert np.abs(ends[2] - ends[0]).max() > 1e-5
@@ -232,12 +239,12 @@ def test_dense_teaches_the_ensemble_in_which_every_client_counts_alike():
 
 
 def test_dense_warms_up_as_fedavg():
-  plain = linear.Rounds(fedavg(linear.task()))
+  usual = linear.Rounds(plain())
   other = linear.Rounds(dense(linear.task()._replace(rounds=jnp.int32(3)), warmup=0.7, epochs=1, generator_steps=1))
   for same in (True, True, False):  # rounds 0 and 1; the server distils from round 2 = floor(.7 * 3) on
-    plain.advance((0, 1, 2), lost=(2,))
+    usual.advance((0, 1, 2), lost=(2,))
     other.advance((0, 1, 2), lost=(2,))
-    gap = abs(np.asarray(other.params.head) - np.asarray(plain.params.head)).max()
+    gap = abs(np.asarray(other.params.head) - np.asarray(usual.params.head)).max()
     assert gap < 1e-6 if same else gap > 1e-4
 
 

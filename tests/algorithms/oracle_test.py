@@ -51,7 +51,7 @@ def _distance(weights, state):
   return max(np.abs(a - b).max() for a, b in zip(weights, _weights(state.server), strict=True))
 
 
-@pytest.mark.parametrize("how", ["sequential", "vmap"])
+@pytest.mark.parametrize("how", ["sequential", pytest.param("vmap", marks=pytest.mark.slow)])  # vmap_test.py has it
 def test_fedavg_is_fedavg(how):
   # One client is done with an epoch after four steps, the last of two examples; one has less than a batch.
   inputs, simulator = tasks.with_sizes(tasks.inputs("fedavg"), train=[50, 7]), tasks.simulator("fedavg", how=how)

@@ -43,10 +43,10 @@ def test_draws_what_the_run_left(kind, missing, request):
     assert 300 < width < 1600 and 200 < height < 1600
 
 
-_OTHER_SIZES = [pytest.param(*size, marks=pytest.mark.slow) for size in ((1, 100), (2, 2), (1500, 2))]
+_OTHER_SIZES = [pytest.param(*size, marks=pytest.mark.slow) for size in ((1, 100), (2, 2), (2, 100), (1500, 2))]
 
 
-@pytest.mark.parametrize(("clients", "classes"), [(1, 2), (2, 100), (1500, 100), *_OTHER_SIZES])
+@pytest.mark.parametrize(("clients", "classes"), [(1, 2), (1500, 100), *_OTHER_SIZES])
 def test_draws_runs_of_any_size(clients, classes, make_run):
   names = [str(i) for i in range(classes)]
   path = make_run("sized", clients=clients, rounds=2 if clients < 3 else 600, names=names)

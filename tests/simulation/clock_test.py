@@ -200,7 +200,11 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(("name", "how"), [*((name, "sequential") for name in METHODS), ("fedbuff", "vmap:4")])
+# Slow to compile: vmap_test.py has vmap, and persafl_test.py the method.
+_OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in (("persafl", "sequential"), ("fedbuff", "vmap:4"))]
+
+
+@pytest.mark.parametrize(("name", "how"), [("fedasync", "sequential"), ("fedbuff", "sequential"), *_OTHERS])
 def test_batches_are_a_heap_of_events(name, how):
   algorithm, server = (make() for make in METHODS[name])
   made = _play()
@@ -492,6 +496,7 @@ def _on_the_clock(name: str, rounds: int) -> tuple[simulation.Chunks, simulation
   return chunks, simulator
 
 
+@pytest.mark.slow  # to compile; clients get their own rows above
 def test_a_method_with_rows_of_its_own_learns_on_the_clock():
   chunks, simulator = _on_the_clock("pafedfv", 10)
   scores = tasks.personal(simulator, chunks.state, chunks.inputs)
@@ -507,6 +512,7 @@ def test_every_method_learns_on_the_clock(name):
   assert metrics.accuracy(scores.own).mean() > 0.8
 
 
+@pytest.mark.slow  # to compile; cost_test.py counts its trainings from the same branches
 def test_the_generator_of_ap_fl_trains_once_a_round_of_uploads():
   """And as long as in rounds: after a tenth of ten rounds, two steps each."""
   chunks, _ = _on_the_clock("ap_fl", 4)

@@ -62,7 +62,10 @@ def _on_the_device() -> Any:
   return _seen(_run())
 
 
-@pytest.mark.parametrize(("data_on", "client_state"), [("device", "host"), ("host", "device"), ("disk", "disk")])
+_STAGED = pytest.param("host", "device", marks=pytest.mark.slow)  # of each place there is another
+
+
+@pytest.mark.parametrize(("data_on", "client_state"), [("device", "host"), _STAGED, ("disk", "disk")])
 def test_the_same_run_wherever_rows_live(tmp_path, data_on, client_state):
   told, arrays = _seen(_run(tmp_path, data_on=data_on, client_state=client_state))
   assert told == _on_the_device()[0]
