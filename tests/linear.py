@@ -3,6 +3,7 @@
 The simulation is not involved: what a method's functions return is put together here, client after client.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from apfl_jax import algorithms
 from apfl_jax.types import (
   Algorithm,
   Data,
@@ -59,6 +61,12 @@ def task(num_clients: int = len(SIZES), **sgd: Any) -> Task:
   return Task(
     num_clients, NUM_CLASSES, IMAGE_SHAPE, jnp.eye(NUM_CLASSES), MODEL, LocalSGD(**(values | sgd)), jnp.int32(10)
   )
+
+
+@functools.cache
+def fedavg(**sgd: Any) -> Algorithm:
+  """FedAvg on the `task`, the same one for all tests that ask for the same, so that it is compiled once."""
+  return algorithms.fedavg(task(**sgd))
 
 
 def data(client: int, size: int | None = None) -> Data:

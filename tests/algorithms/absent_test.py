@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from apfl_jax.algorithms import fedavg, fl_fdms, mifa
+from apfl_jax.algorithms import fl_fdms, mifa
 from apfl_jax.errors import InputError
 from tests import linear
 
@@ -12,7 +12,7 @@ EVERYONE = (0, 1, 2, 3)
 
 @pytest.mark.parametrize("make", [mifa, fl_fdms])
 def test_at_full_presence_it_is_uniform_fedavg(make):
-  plain, other = linear.Rounds(fedavg(linear.task(weighting="uniform"))), linear.Rounds(make(linear.task()))
+  plain, other = linear.Rounds(linear.fedavg(weighting="uniform")), linear.Rounds(make(linear.task()))
   for _ in range(3):
     plain.advance(EVERYONE)
     other.advance(EVERYONE)
@@ -62,7 +62,7 @@ def test_fdms_gives_an_absent_client_the_update_of_its_friend():
 
 
 def test_fdms_leaves_out_who_met_nobody():
-  plain, other = linear.Rounds(fedavg(linear.task(weighting="uniform"))), linear.Rounds(fl_fdms(linear.task()))
+  plain, other = linear.Rounds(linear.fedavg(weighting="uniform")), linear.Rounds(fl_fdms(linear.task()))
   for ids in ((0, 1), (0, 1, 3), (1, 3, 0)):  # client 2 never comes
     plain.advance(ids)
     other.advance(ids)

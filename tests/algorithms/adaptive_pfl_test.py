@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from apfl_jax.algorithms import adaptive_pfl, fedavg, local
+from apfl_jax.algorithms import adaptive_pfl, local
 from tests import linear
 
 
@@ -20,7 +20,7 @@ def step(id, v, w, alpha, rate):
 
 @pytest.mark.parametrize("alpha", [0.5, 0.97])
 def test_rounds_are_those_of_the_paper(alpha):
-  rounds, plain = linear.Rounds(adaptive_pfl(linear.task(), alpha=alpha)), linear.Rounds(fedavg(linear.task()))
+  rounds, plain = linear.Rounds(adaptive_pfl(linear.task(), alpha=alpha)), linear.Rounds(linear.fedavg())
   own, clipped = {}, False
   for ids, lost in (((0, 1, 2), (2,)), ((0, 2), ()), ((1, 2), ()), ((1, 2), ())):
     before = plain.params

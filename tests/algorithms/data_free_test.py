@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apfl_jax.algorithms import data_free, dense, fedavg, fedftg, fedgen
+from apfl_jax.algorithms import data_free, dense, fedftg, fedgen
 from apfl_jax.algorithms.ap_fl.statistics import Moments
 from apfl_jax.algorithms.dense import Kept as DenseKept
 from apfl_jax.algorithms.dense import generator_loss as dense_loss
@@ -35,12 +35,6 @@ SETTINGS = {
 def made_once(make):
   """One algorithm for all tests of a method: its server's step takes long to compile."""
   return make(linear.task(), **SETTINGS[make])
-
-
-@functools.cache
-def plain():
-  """FedAvg, with which methods are compared."""
-  return fedavg(linear.task())
 
 
 def logits(params, images=IMAGES):
@@ -102,12 +96,12 @@ def test_a_client_without_examples_has_no_more_say_than_one_whose_upload_is_lost
 
 @pytest.mark.parametrize("settings", [{}, {"alpha": 0.0, "beta": 0.0}])
 def test_without_what_the_generator_teaches_fedgen_is_fedavg(settings):
-  usual = linear.Rounds(plain())
+  plain = linear.Rounds(linear.fedavg())
   other = linear.Rounds(fedgen(linear.task(), generator_steps=1, **settings))
   for ids, same in (((0, 1, 3), True), ((0, 1, 2), bool(settings))):  # in the first round nothing is taught
-    usual.advance(ids)
+    plain.advance(ids)
     other.advance(ids)
-    gap = abs(np.asarray(other.params.head) - np.asarray(usual.params.head)).max()
+    gap = abs(np.asarray(other.params.head) - np.asarray(plain.params.head)).max()
     assert gap < 1e-6 if same else gap > 1e-3
   held = sum(linear.oracle(id).y.sum(0) for id in (0, 1, 2, 3)) > 0
   np.testing.assert_array_equal(other.server.shared.seen, held)
@@ -239,12 +233,12 @@ def test_dense_teaches_the_ensemble_in_which_every_client_counts_alike():
 
 
 def test_dense_warms_up_as_fedavg():
-  usual = linear.Rounds(plain())
+  plain = linear.Rounds(linear.fedavg())
   other = linear.Rounds(dense(linear.task()._replace(rounds=jnp.int32(3)), warmup=0.7, epochs=1, generator_steps=1))
   for same in (True, True, False):  # rounds 0 and 1; the server distils from round 2 = floor(.7 * 3) on
-    usual.advance((0, 1, 2), lost=(2,))
+    plain.advance((0, 1, 2), lost=(2,))
     other.advance((0, 1, 2), lost=(2,))
-    gap = abs(np.asarray(other.params.head) - np.asarray(usual.params.head)).max()
+    gap = abs(np.asarray(other.params.head) - np.asarray(plain.params.head)).max()
     assert gap < 1e-6 if same else gap > 1e-4
 
 

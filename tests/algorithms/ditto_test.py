@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from apfl_jax.algorithms import ditto, fedavg, local
+from apfl_jax.algorithms import ditto, local
 from tests import linear
 
 SCHEDULE = (((0, 1, 2), (2,)), ((0, 2), ()), ((1, 2, 3), ()))  # who comes, whose upload is lost
@@ -18,9 +18,7 @@ def near(id, v, w, weight, rates):
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 def test_personal_models_are_held_near_the_downloaded_one(weight):
-  rounds, plain = (
-    linear.Rounds(method) for method in (ditto(linear.task(), proximal_weight=weight), fedavg(linear.task()))
-  )
+  rounds, plain = (linear.Rounds(method) for method in (ditto(linear.task(), proximal_weight=weight), linear.fedavg()))
   own = {}
   rates = np.full(linear.STEPS, linear.LEARNING_RATE)
   for ids, lost in SCHEDULE:

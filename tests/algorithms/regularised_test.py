@@ -22,7 +22,7 @@ def weighted(ids, values):
 
 @pytest.mark.parametrize("make", [fedprox, moon])
 def test_without_its_term_it_is_fedavg(make):
-  plain, other = linear.Rounds(fedavg(linear.task())), linear.Rounds(make(linear.task(), mu=0.0))
+  plain, other = linear.Rounds(linear.fedavg()), linear.Rounds(make(linear.task(), mu=0.0))
   for _ in range(2):
     plain.advance(EVERYONE)
     other.advance(EVERYONE)
@@ -54,7 +54,7 @@ def test_fednova_weighs_mean_steps():
 
 
 def test_fednova_at_equal_steps_is_fedavg():
-  plain, other = linear.Rounds(fedavg(linear.task())), linear.Rounds(fednova(linear.task()))
+  plain, other = linear.Rounds(linear.fedavg()), linear.Rounds(fednova(linear.task()))
   for rounds in (plain, other):
     rounds.advance(EVERYONE)
     rounds.advance((0, 2))
