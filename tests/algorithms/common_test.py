@@ -14,11 +14,7 @@ from apfl_jax.algorithms import METHODS, WRAPPERS
 from apfl_jax.types import Received
 from tests import tasks
 
-# Slow to compile: they are `fedadam` with another step of the server, which fedopt_test.py follows.
-_ALIKE = ("fedavgm", "fedyogi")
-_NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in _ALIKE)) for name in METHODS]
-
-pytestmark = pytest.mark.parametrize("name", [*_NAMES, *(f"fedavg|{wrapper}" for wrapper in WRAPPERS)])
+pytestmark = pytest.mark.parametrize("name", [*METHODS, *(f"fedavg|{wrapper}" for wrapper in WRAPPERS)])
 
 
 def _without_class(inputs, label):
