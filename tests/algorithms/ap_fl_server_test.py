@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.fft
+import scipy.special
 
 from apfl_jax import algorithms, data, nn, semantics, training
 from apfl_jax.algorithms.ap_fl import generation, matching, projections, server, sources, statistics
@@ -21,7 +22,9 @@ _RNG = np.random.default_rng(0)
 _EMBEDDINGS = jnp.asarray(semantics.embeddings("onehot", tuple("abcd"), "fast", rng=_RNG))
 
 
+@functools.cache
 def make_task(head="free", rounds=10, augment="none") -> Task:
+  """The same one for all tests that ask for the same, so that its model is compiled once."""
   model = nn.classifier("mlp", SHAPE, C, head=head, embeddings=_EMBEDDINGS)
   sgd = LocalSGD(jnp.float32(0.1), 16, 1, 5, 10, "examples", augment)
   return Task(20, C, SHAPE, _EMBEDDINGS, model, sgd, jnp.int32(rounds))
@@ -44,15 +47,20 @@ def known(task: Task, images=None, labels=None) -> statistics.Statistics:
   """What a server of tier s2 knows of some examples."""
   sums = statistics.no_sums(task, products=True)
   if images is not None:
-    hot, images = jnp.eye(C)[labels], jnp.asarray(images)
-    sums = sums._replace(
-      counts=jnp.sum(hot, axis=0),
-      images=statistics.class_sums(hot, images),
-      products=projections.products(hot, images),
-    )
+    sums = with_images(sums, jnp.asarray(images), jnp.asarray(labels))
   return statistics.Statistics((), often(sums))
 
 
+@jax.jit
+def with_images(sums: statistics.ByClass, images, labels) -> statistics.ByClass:
+  """The sums with those of these images in their place."""
+  hot = jnp.eye(C)[labels]
+  return sums._replace(
+    counts=jnp.sum(hot, axis=0), images=statistics.class_sums(hot, images), products=projections.products(hot, images)
+  )
+
+
+@jax.jit
 def often(sums: statistics.ByClass) -> statistics.ByClass:
   """Of so many examples that variances are what they are."""
   return jax.tree.map(lambda x: 1e4 * x, sums)
@@ -177,13 +185,8 @@ def test_variances_of_few_examples_are_drawn_towards_that_of_all():
   rng = np.random.default_rng(0)
   labels = np.repeat([0, 1, 3], [300, 12, 1])  # nothing of 2
   images = (rng.uniform(size=(313, *SHAPE)) * (1 + labels[:, None, None, None]) / 4).astype(np.float32)
-  task, hot = make_task(), jnp.eye(C)[labels]
-  low = np.asarray(projections.coefficients(jnp.asarray(images)))
-  sums = statistics.no_sums(task, products=True, untrained=True)._replace(
-    counts=jnp.sum(hot, axis=0),
-    images=statistics.class_sums(hot, jnp.asarray(images)),
-    products=projections.products(hot, jnp.asarray(images)),
-  )
+  low = np.asarray(jax.jit(projections.coefficients)(images))
+  sums = with_images(statistics.no_sums(make_task(), products=True, untrained=True), images, labels)
   got, covariances = jax.jit(lambda sums: (sums.estimated, sums.covariances))(sums)
   of = lambda values, c: values[labels == c].reshape((labels == c).sum(), -1).astype(np.float64)
   covariance = lambda values, c: np.cov(of(values, c).T, ddof=0) if (labels == c).sum() > 1 else 0.0
@@ -238,14 +241,15 @@ def test_class_distance_is_the_mean_over_classes_of_their_own():
   hot = lambda label: jnp.eye(C)[label]
   params = jax.jit(task.model.init)(jax.random.key(0))
   taps = jax.jit(lambda x: task.model.base(params.base, x)[1])
-  sums = statistics.no_sums(task)._replace(
-    counts=jnp.sum(hot(real_labels), axis=0),
-    images=statistics.class_sums(hot(real_labels), jnp.asarray(real)),
-    layers=statistics.layer_sums(hot(real_labels), taps(real)),
-  )
   source = sources.source(task, "image")
-  distance = jax.jit(lambda *x: generation.class_distance(source, *x))
-  got = distance(often(sums), hot(labels), jnp.asarray(made), taps(made))
+
+  @jax.jit
+  def distance(taps, made_taps):
+    sums = with_images(statistics.no_sums(task, products=True), real, real_labels)
+    sums = sums._replace(layers=statistics.layer_sums(hot(real_labels), taps))
+    return generation.class_distance(source, often(sums), hot(labels), made, made_taps)
+
+  got = distance(taps(real), taps(made))
 
   def gap(a, b):
     va, vb = a.var(0), b.var(0)
@@ -300,8 +304,9 @@ def test_the_adversarial_loss_rewards_what_the_teacher_knows_and_the_student_doe
   t, q = np.exp([3.0, 0, 0]), np.exp([0.0, 2, 0])
   t, q = t / t.sum(), q / q.sum()
   expected = -100 * (t * np.log(t / q)).sum() / 3
-  assert float(generation.adversarial(taught, guess, label, counted, classes)) == pytest.approx(expected, rel=1e-4)
-  further = generation.adversarial(taught, guess.at[0, 1].add(5), label, counted, classes)
+  adversarial = jax.jit(generation.adversarial)
+  assert float(adversarial(taught, guess, label, counted, classes)) == pytest.approx(expected, rel=1e-4)
+  further = adversarial(taught, guess.at[0, 1].add(5), label, counted, classes)
   assert float(further) < expected < 0
 
 
@@ -386,7 +391,7 @@ def test_losses_of_tier_s2_and_of_the_student_are_in_the_total():
       generation.adversarial(logits, guess, rows.label, rows.seen > 0, jnp.ones(C, bool)),
     )
 
-  plain, *terms = losses(0.0, 0.0, 0.0)
+  plain, *terms = losses(*np.zeros(3))
   for place, term in enumerate(terms):
     total, *_ = losses(*(2.0 * (np.arange(3) == place)))
     assert abs(float(term)) > 1e-4
@@ -438,6 +443,18 @@ class Rounds:
     self.server = self._aggregate(self.server, received, jax.random.key(self.round))
     self.round += 1
     return self.server
+
+
+def answers(rounds: Rounds, models: dict) -> dict:
+  """Logits [C, 32, C] of models on 32 samples of each class."""
+  source = sources.source(rounds.task, "feature")
+
+  @jax.jit
+  def logits(weights, models, key):
+    features = source.sample(weights, jnp.repeat(jnp.arange(C), 32), key)
+    return {name: rounds.task.model.head(params.head, features).reshape(C, 32, C) for name, params in models.items()}
+
+  return tasks.on_host(logits(rounds.server.source.average, models, jax.random.key(9)))
 
 
 # What does not get in each other's way; FiLM is refreshed from the third round on.
@@ -498,9 +515,13 @@ def test_the_server_notices_who_left_and_answers_with_what_it_was():
   assert np.asarray(rounds.server.memory.classes).all()
 
 
+# In a round that is not the last one a memory that distils is one that only remembers.
+DISTIL = {"memory": "distil", "memory_patience": 1, "generator_steps": 20, "adversary": True, "lambda_adversarial": 0.0}
+
+
 def test_the_student_learns_classes_that_left_from_the_model_that_knew_them():
   """As the generator's rows of them are taught, or L_adv would pay for ever for what the student is never told."""
-  rounds = Rounds(40, memory="average", memory_patience=1, adversary=True, lambda_adversarial=0.0, generator_steps=5)
+  rounds = Rounds(5, **DISTIL)
   rounds.step([5, 5, 5, 5])
   lowered = jax.tree.map(lambda w: w, rounds.server.params)
   lowered.head["bias"] = lowered.head["bias"].at[2].add(-5.0)
@@ -513,7 +534,7 @@ def test_the_student_learns_classes_that_left_from_the_model_that_knew_them():
 
 def test_the_last_round_distils_what_left_back_into_the_head():
   """The old model knows the class that left, the new one has forgotten it; others keep their answers."""
-  rounds = Rounds(5, memory="distil", memory_patience=1, generator_steps=20)
+  rounds = Rounds(5, **DISTIL)
   rounds.step([5, 5, 5, 5])
   old = rounds.server.params
   lowered = jax.tree.map(lambda w: w, old)
@@ -525,13 +546,8 @@ def test_the_last_round_distils_what_left_back_into_the_head():
   rounds.step([5, 5, 0, 5])
   answer = rounds.server.memory.answer
   tasks.assert_same(answer.base, rounds.server.params.base)
-  source = sources.source(rounds.task, "feature")
-  features = source.sample(rounds.server.source.average, jnp.repeat(jnp.arange(C), 32), jax.random.key(9))
-  logits = {
-    name: np.asarray(rounds.task.model.head(params.head, features)).reshape(C, 32, C)
-    for name, params in (("old", old), ("now", rounds.server.params), ("answer", answer))
-  }
-  share = {name: np.asarray(jax.nn.softmax(x))[2, :, 2].mean() for name, x in logits.items()}
+  models = {"old": old, "now": rounds.server.params, "answer": answer}
+  share = {name: scipy.special.softmax(x, axis=-1)[2, :, 2].mean() for name, x in answers(rounds, models).items()}
   assert share["now"] < 0.05 and share["answer"] > 0.3 * share["old"]
 
 
@@ -539,7 +555,7 @@ def test_early_stop_rests_while_samples_are_recognised_and_goes_on_when_not():
   rounds = Rounds(40, **MANY)
   rounds.step([5, 5, 5, 5])
   sure = rounds.server.source._replace(stale=jnp.int32(5))
-  rounds.server = rounds.server._replace(source=sure, trust=jnp.full(C, 0.99))
+  rounds.server = rounds.server._replace(source=sure, trust=jnp.full(C, 0.99, jnp.float32))
   rested = tasks.on_host(rounds.step([5, 5, 5, 5]))
   assert int(rested.source.rounds) == 1 and not np.allclose(rested.trust, 0.99)  # trust is measured anew
   assert int(rounds.step([5, 5, 5, 5]).source.rounds) == 2  # and is low, for this generator is hardly trained
@@ -561,15 +577,11 @@ def test_the_student_learns_from_samples():
   rounds = Rounds(40, **MANY)
   before = tasks.on_host(rounds.server.source.student)
   rounds.step([5, 5, 5, 5])
-  source = sources.source(rounds.task, "feature")
-  features = source.sample(rounds.server.source.average, jnp.tile(jnp.arange(C), 16), jax.random.key(9))
-  answer = lambda params: rounds.task.model.head(params.head, features)
-  taught = answer(rounds.server.params)
-  gap = [
-    float(jnp.mean(generation.divergence(answer(params), taught, jnp.ones(C, bool))))
-    for params in (before, rounds.server.source.student)
-  ]
-  assert gap[1] < 0.9 * gap[0]
+  models = {"teacher": rounds.server.params, "before": before, "after": rounds.server.source.student}
+  chance = {name: scipy.special.softmax(x / 2, axis=-1) for name, x in answers(rounds, models).items()}
+  taught = chance.pop("teacher")
+  gap = {name: (taught * np.log(taught / x)).sum(-1).mean() for name, x in chance.items()}
+  assert gap["after"] < 0.9 * gap["before"]
 
 
 def test_a_bank_is_what_clients_download_instead_of_weights():
