@@ -108,25 +108,25 @@ class Rounds:
     download = self.algorithm.download(self.server)
     uploads = []
     for id in ids:
-      mine = Download(download.shared, jax.tree.map(lambda x, id=id: x[id], download.own))
+      mine = Download(download.shared, jax.tree.map(lambda x, id=id: np.asarray(x)[id], download.own))
       client = self.algorithm.init_client(mine, jax.random.key(id)) if id not in self.clients else self.clients[id]
       key = jax.random.fold_in(jax.random.key(self._round), id)
       circumstances = visit(id, round=self._round, times=self._times[id], work=(work or {}).get(id, 1.0), wait=wait)
       size = (sizes or {}).get(id)
       self.clients[id], upload = self._update(mine, client, data(id, size), circumstances, key)
-      uploads.append(upload)
+      uploads.append(jax.tree.map(np.asarray, upload))  # NumPy has nothing to compile
       self._times[id] += 1
-    arrived = jnp.asarray([id not in lost for id in ids])
-    weights = [jnp.where(a, u.weight, 0.0) for a, u in zip(arrived, uploads, strict=True)]
+    arrived = np.array([id not in lost for id in ids])
+    weights = [np.float32(u.weight if a else 0) for a, u in zip(arrived, uploads, strict=True)]
     weighted = [jax.tree.map(lambda x, w=w: w * x, u.update) for w, u in zip(weights, uploads, strict=True)]
-    stack = lambda *x: jnp.where(arrived.reshape(-1, *[1] * x[0].ndim), jnp.stack(x), 0)
+    stack = lambda *x: np.stack([a * each for a, each in zip(arrived, x, strict=True)]).astype(x[0].dtype)
     received = Received(
       total=jax.tree.map(lambda *x: sum(x), *weighted),
-      weight=sum(weights, start=jnp.float32(0)),
+      weight=sum(weights, start=np.float32(0)),
       kept=jax.tree.map(stack, *(u.kept for u in uploads)),
-      ids=jnp.asarray(ids, jnp.int32),
+      ids=np.array(ids, np.int32),
       arrived=arrived,
-      staleness=jnp.asarray(staleness or [0] * len(ids), jnp.int32),
+      staleness=np.array(staleness or [0] * len(ids), np.int32),
     )
     self.server = self._aggregate(self.server, received, jax.random.key(100 + self._round))
     self._round += 1

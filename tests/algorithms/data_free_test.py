@@ -97,7 +97,7 @@ def test_a_client_without_examples_has_no_more_say_than_one_whose_upload_is_lost
 @pytest.mark.parametrize("settings", [{}, {"alpha": 0.0, "beta": 0.0}])
 def test_without_what_the_generator_teaches_fedgen_is_fedavg(settings):
   plain = linear.Rounds(linear.fedavg())
-  other = linear.Rounds(fedgen(linear.task(), generator_steps=1, **settings))
+  other = linear.Rounds(fedgen(linear.task(), generator_steps=1, **settings) if settings else made_once(fedgen))
   for ids, same in (((0, 1, 3), True), ((0, 1, 2), bool(settings))):  # in the first round nothing is taught
     plain.advance(ids)
     other.advance(ids)
@@ -121,9 +121,9 @@ def test_heads_teach_the_classes_that_their_clients_hold():
 
 
 def test_what_fedgens_generator_teaches_fades_by_rounds_however_many_uploads_make_one():
-  of = lambda each: fedgen(linear.task()._replace(aggregations=each), alpha=3.0, beta=3.0)
-  start = jax.jit(of(1).init)(jax.random.key(0)).shared
-  updates = {each: jax.jit(of(each).local_update) for each in (1, 4)}
+  often = fedgen(linear.task()._replace(aggregations=4), **SETTINGS[fedgen])
+  start = jax.jit(made_once(fedgen).init)(jax.random.key(0)).shared
+  updates = {1: jax.jit(made_once(fedgen).local_update), 4: jax.jit(often.local_update)}
   ends = []
   for each, so_far in ((1, 2), (4, 9), (4, 12)):
     shared = start._replace(aggregations=jnp.int32(so_far), seen=start.seen | True)

@@ -1,26 +1,40 @@
 """kNN-Per against brute force in NumPy, and at both ends of its interpolation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apfl_jax.algorithms import fedavg, knn_per
+from apfl_jax.algorithms import knn_per
 from apfl_jax.types import Span
 from tests import linear
 
 IMAGES = np.float32(linear.IMAGES / 255)
 
 
+@functools.cache
+def compiled(**static):
+  """`personalize` and answers with these settings that are not numbers; the numbers are traced."""
+
+  def run(floats, data, visit, key):
+    algorithm = knn_per(linear.task(), **static, **floats)
+    model = algorithm.personalize(algorithm.download(algorithm.init(key)), (), data, visit, key)
+    return model, algorithm.predict(model, IMAGES).logits
+
+  return jax.jit(run)
+
+
 def personal(id, *, size=None, validation=None, **settings):
   """(model, probabilities of all images) of a client that never took part."""
-  algorithm = knn_per(linear.task(), **({"tune_scale": False} | settings))
-  download = algorithm.download(algorithm.init(jax.random.key(0)))
+  values = {"tune_scale": False} | settings
+  floats = {name: jnp.float32(values.pop(name)) for name in ("scale", "share") if name in values}
   data = linear.data(id, size)
   if validation is not None:
     data = data._replace(validation=Span(data.validation.start, jnp.int32(validation)))
-  model = algorithm.personalize(download, (), data, linear.visit(id), jax.random.key(1))
-  return model, np.exp(algorithm.predict(model, IMAGES).logits)
+  model, logits = compiled(**values)(floats, data, linear.visit(id), jax.random.key(1))
+  return model, np.exp(logits)
 
 
 def features(x):
@@ -55,8 +69,7 @@ def test_answers_are_those_of_brute_force(k, scale, share):
 def test_at_zero_it_is_the_model():
   model, _ = personal(1, choice="fixed", share=0.0)
   algorithm = knn_per(linear.task())
-  plain = fedavg(linear.task())
-  expected = plain.predict(linear.MODEL.init(None), IMAGES)
+  expected = linear.fedavg().predict(linear.MODEL.init(None), IMAGES)
   prediction = algorithm.predict(model, IMAGES)
   np.testing.assert_allclose(prediction.logits, jax.nn.log_softmax(expected.logits), rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(prediction.features, expected.features)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apfl_jax.algorithms import fedavg, fedbuff, krum
+from apfl_jax.algorithms import fedbuff, krum
 from apfl_jax.algorithms.wrappers.krum import chosen_by_krum
 from apfl_jax.errors import InputError
 from experiments import job
@@ -58,9 +58,9 @@ def _garbage(algorithm, who):
 
 
 def test_garbage_does_not_reach_the_method():
-  task, ids = linear.task(), (0, 1, 2, 3)
-  plain, wrapped = (linear.Rounds(a) for a in (_garbage(fedavg(task), 1), krum(_garbage(fedavg(task), 1), task)))
-  best, right = linear.Rounds(krum(_garbage(fedavg(task), 1), task, selected=3)), linear.Rounds(fedavg(task))
+  task, ids, bad = linear.task(), (0, 1, 2, 3), _garbage(linear.fedavg(), 1)
+  plain, wrapped, best = (linear.Rounds(a) for a in (bad, krum(bad, task), krum(bad, task, selected=3)))
+  right = linear.Rounds(linear.fedavg())
   for rounds in (plain, wrapped, best):
     rounds.advance(ids)
   right.advance((0, 2, 3))
@@ -73,12 +73,12 @@ def test_garbage_does_not_reach_the_method():
 
 def test_it_is_plain_where_all_are_chosen_and_lost_and_empty_uploads_are_never():
   task = linear.task()
-  plain, wrapped = linear.Rounds(fedavg(task)), linear.Rounds(krum(fedavg(task), task, selected=4))
+  plain, wrapped = linear.Rounds(linear.fedavg()), linear.Rounds(krum(linear.fedavg(), task, selected=4))
   for ids, lost, sizes in (((0, 1, 2, 3), (), {}), ((0, 1, 2), (1,), {}), ((3, 2, 1), (), {2: 0}), ((0, 1), (0,), {})):
     for rounds in (plain, wrapped):
       rounds.advance(ids, lost=lost, sizes=sizes)
     linear.close(wrapped.params, plain.params)
-  one = linear.Rounds(krum(fedavg(task), task))
+  one = linear.Rounds(krum(linear.fedavg(), task))
   one.advance((0, 1, 2), lost=(0, 2))  # zeros of the lost lie close together
   linear.close(one.params, linear.descend(1, linear.start()))
 

@@ -1,11 +1,13 @@
 """PersA-FL: its options where they are other methods, its server step and its discount for staleness."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apfl_jax.algorithms import fedavg, fedavg_ft, per_fedavg, persafl, pfedme
+from apfl_jax.algorithms import fedavg_ft, per_fedavg, persafl, pfedme
 from apfl_jax.types import Download, Params
 from tests import linear
 
@@ -22,18 +24,30 @@ SAME = {
 }
 
 
+TASK = linear.task(weighting="uniform", batch_size=4)
+
+
+def advanced(algorithm):
+  rounds = linear.Rounds(algorithm)
+  for ids, lost in SCHEDULE:
+    rounds.advance(ids, lost=lost)
+  return rounds
+
+
+@functools.cache
+def after(option):
+  """PersA-FL's rounds with an option, for all tests of it."""
+  return advanced(persafl(TASK, **({"option": option} | SAME[option][0])))
+
+
 @pytest.mark.parametrize("option", SAME)
 def test_without_delay_it_is_the_synchronous_method_and_personalises_as_that_does(option):
-  settings, other = SAME[option]
-  settings = {"option": option} | settings
-  task = linear.task(weighting="uniform", batch_size=4)
-  both = [linear.Rounds(persafl(task, **settings)), linear.Rounds(other(task))]
-  for rounds in both:
-    for ids, lost in SCHEDULE:
-      rounds.advance(ids, lost=lost)
+  both = [after(option), advanced(SAME[option][1](TASK))]
   linear.close(both[0].server, both[1].server, 1e-6)
   models = [
-    rounds.algorithm.personalize(Download(rounds.server), (), linear.data(3), linear.visit(3), jax.random.key(1))
+    jax.jit(rounds.algorithm.personalize)(
+      Download(rounds.server), (), linear.data(3), linear.visit(3), jax.random.key(1)
+    )
     for rounds in both
   ]
   linear.close(*models, 1e-6)
@@ -41,7 +55,7 @@ def test_without_delay_it_is_the_synchronous_method_and_personalises_as_that_doe
 
 def test_the_plain_option_has_a_rate_of_its_own_when_it_personalises_and_there_alone():
   task, alpha = linear.task(personal_steps=1), 0.5
-  both = [linear.Rounds(persafl(task, option="a", alpha=alpha)), linear.Rounds(fedavg(task))]
+  both = [linear.Rounds(persafl(task, option="a", alpha=alpha)), linear.Rounds(linear.fedavg())]
   for rounds in both:
     rounds.advance((0, 1, 2))
   linear.close(both[0].server, both[1].server, 1e-6)
@@ -53,20 +67,14 @@ def test_the_plain_option_has_a_rate_of_its_own_when_it_personalises_and_there_a
 
 
 def test_the_options_differ_and_so_does_the_first_order_of_b():
-  algorithms = [persafl(linear.task(), option=option, alpha=1.0) for option in "abc"]
-  algorithms.append(persafl(linear.task(), option="b", alpha=1.0, first_order=False))
-  ends = []
-  for algorithm in algorithms:
-    rounds = linear.Rounds(algorithm)
-    rounds.advance((0, 1))
-    ends.append(np.asarray(rounds.server.head))
+  ends = [np.asarray(after(option).server.head) for option in SAME]
   assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(ends) for b in ends[:i])
 
 
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 def test_plain_and_without_delay_it_is_fedavg_with_a_server_step(weighting):
   task, beta = linear.task(weighting=weighting), 0.6
-  usual = fedavg(task)
+  usual = linear.fedavg(**({} if weighting == "examples" else {"weighting": weighting}))
   one = linear.Rounds(persafl(task, option="a", server_learning_rate=beta))
   expected = linear.start()
   for ids, lost in SCHEDULE:
