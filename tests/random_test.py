@@ -1,5 +1,6 @@
 """Keys and keyed permutations: bijections counted one by one, uniformity by chi-square with fixed keys."""
 
+import functools
 import itertools
 
 import jax
@@ -67,7 +68,7 @@ def small_orders():
   order = lambda key, size: random.permute(random.permutation_key(key), jnp.arange(8), size)
   mapped = jax.jit(jax.vmap(order, in_axes=(0, None)))
   keys = jax.random.split(jax.random.key(2), 20000)
-  return lambda size: np.asarray(mapped(keys, size))[:, :size]
+  return functools.cache(lambda size: np.asarray(mapped(keys, size))[:, :size])
 
 
 @pytest.mark.parametrize("size", range(2, 9))

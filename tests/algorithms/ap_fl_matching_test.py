@@ -158,7 +158,7 @@ def test_in_rounds_the_server_knows_what_clients_hold_and_its_images_are_of_thei
     model = nn.classifier("mlp", tasks.IMAGE_SHAPE, C, embeddings=given["embeddings"])
     sgd = LocalSGD(given["learning_rate"], tasks.BATCH_SIZE, 1, tasks.STEPS, 4, "examples", "none")
     task = Task(tasks.NUM_CLIENTS, C, tasks.IMAGE_SHAPE, given["embeddings"], model, sgd, given["rounds"])
-    settings = {"source": "matched", "tier": "s2", "bank_size": 8, "matching_steps": 5, "friend_steps": 2}
+    settings = {"source": "matched", "tier": "s2", "bank_size": 8, "matching_steps": 5, "friend_steps": 0}
     return algorithms.ap_fl(task, **settings), population.everyone()
 
   size = tasks.NUM_CLIENTS

@@ -9,6 +9,7 @@ import pytest
 
 from apfl_jax import metrics
 from apfl_jax.errors import InputError
+from apfl_jax.report import plots
 from apfl_jax.simulation import schedule
 from experiments import config, job
 from experiments.config import Config
@@ -47,7 +48,8 @@ def lines(workdir: Path) -> list[dict]:
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_tells_its_time_and_its_schedule_replays_it(tmp_path):
+def test_a_run_tells_its_time_and_its_schedule_replays_it(tmp_path, monkeypatch):
+  monkeypatch.setattr(plots, "_png", lambda figure: b"a picture")  # plots_test.py draws them
   values = {"dropout": "markov", "drop_rate": "0.4", "softmax_mask": "present"}
   one = run(tmp_path / "one", **values)
   told = lines(tmp_path / "one")

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -347,13 +346,14 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(finished, tmp_
     place = () if any("--workdir" in flag for flag in flags) else (f"--workdir={tmp_path}/new",)
     cases.append([*place, *flags])
   # All in one process: starting one for each would take minutes.
-  code = """
-import contextlib, io, json, sys
+  (tmp_path / "cases.json").write_text(json.dumps(cases))
+  (tmp_path / "cases.py").write_text("""
+import contextlib, io, json, pathlib, sys
 from absl import flags
 from experiments import config, train
 config.define_flags()
 answers = []
-for case in json.load(sys.stdin):
+for case in json.loads(pathlib.Path(__file__).with_suffix(".json").read_text()):
   for name in flags.FLAGS:
     flags.FLAGS[name].unparse()
   sys.argv = ["train", *case]
@@ -365,9 +365,8 @@ for case in json.load(sys.stdin):
       code = end.code
   answers.append([code, text.getvalue()])
 print(json.dumps(answers))
-"""
-  command, given = [sys.executable, "-c", code], json.dumps(cases)
-  result = subprocess.run(command, cwd=binaries.ROOT, input=given, capture_output=True, text=True, check=False)
+""")
+  result = binaries.run(str(tmp_path / "cases.py"))
   assert result.returncode == 0, result.stderr
   answers = json.loads(result.stdout.splitlines()[-1])
   for flags, wanted, (exit_code, text) in zip(BAD, BAD.values(), answers, strict=True):

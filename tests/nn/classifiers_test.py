@@ -93,9 +93,9 @@ def test_cnn_matches_xla_layer_by_layer():
 
 
 def test_anchored_head_scores_the_rows_of_the_table():
-  model = _model(head="anchored")
+  model = _model("mlp", head="anchored")
   params = jax.jit(model.init)(jax.random.key(0))
-  features = _images(1, 3, 64)
+  features = _images(1, 3, 200)
   projected = np.asarray(features) @ np.asarray(params.head["kernel"])
   expected = [[projected[b] @ np.asarray(_table())[c] for c in range(5)] for b in range(3)]
   assert params.head.keys() == {"kernel"}
@@ -103,35 +103,35 @@ def test_anchored_head_scores_the_rows_of_the_table():
 
 
 def test_cosine_head_scores_ten_times_the_cosine_and_is_smooth_at_zero():
-  model, table = _model(head="cosine"), np.asarray(_table())
+  model, table = _model("mlp", head="cosine"), np.asarray(_table())
   params = jax.jit(model.init)(jax.random.key(0)).head
-  features = np.asarray(_images(1, 4, 64))
+  features = np.asarray(_images(1, 4, 200))
   meant = features @ np.asarray(params["kernel"])
   expected = 10 * (meant / np.linalg.norm(meant, axis=1, keepdims=True)) @ table.T
-  np.testing.assert_allclose(model.head(params, features), expected, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(jax.jit(model.head)(params, features), expected, rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(model.semantics(params, features), meant, rtol=1e-5, atol=1e-5)
-  slope = jax.grad(lambda params: jnp.sum(model.head(params, jnp.zeros((2, 64))) ** 2))(params)
+  slope = jax.jit(jax.grad(lambda params: jnp.sum(model.head(params, jnp.zeros((2, 200))) ** 2)))(params)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
 
 
 def test_onehot_anchored_head_is_the_free_head_without_bias():
-  features = _images(1, 3, 64)
-  anchored = classifier("cnn_small", SHAPE, 5, head="anchored", embeddings=jnp.eye(5))
-  params = anchored.init(jax.random.key(0)).head
-  free = _model().head({"kernel": params["kernel"], "bias": jnp.zeros(5)}, features)
+  features = _images(1, 3, 200)
+  anchored = classifier("mlp", SHAPE, 5, head="anchored", embeddings=jnp.eye(5))
+  params = jax.jit(anchored.init)(jax.random.key(0)).head
+  free = _model("mlp").head({"kernel": params["kernel"], "bias": jnp.zeros(5)}, features)
   np.testing.assert_allclose(anchored.head(params, features), free, rtol=1e-6, atol=1e-6)
 
 
 def test_embeddings_may_be_traced():
-  params = jax.jit(_model(head="anchored").init)(jax.random.key(0))
+  model = _model("mlp", head="anchored")
+  params = jax.jit(model.init)(jax.random.key(0))
 
   @jax.jit
   def logits(table, images):
-    model = classifier("cnn_small", SHAPE, 5, head="anchored", embeddings=table)
+    model = classifier("mlp", SHAPE, 5, head="anchored", embeddings=table)
     return model.head(params.head, model.base(params.base, images)[0])
 
   images = _images(0, 2, *SHAPE)
-  model = _model(head="anchored")
   expected = model.head(params.head, model.base(params.base, images)[0])
   np.testing.assert_allclose(logits(_table(), images), expected, rtol=1e-5, atol=1e-5)
   permuted = logits(_table()[::-1], images)
@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_said_in_one_line(arguments, options, words):
 @pytest.mark.parametrize("shape", [(8, 8, 1), (9, 6, 3)])
 def test_a_frozen_network_is_the_same_with_the_same_gradient_by_the_images(shape):
   model = classifier("cnn_small", shape, 5)
-  params, images = model.init(jax.random.key(0)), _images(0, 3, *shape)
+  params, images = jax.jit(model.init)(jax.random.key(0)), _images(0, 3, *shape)
 
   def loss(model):
     def of(images):
