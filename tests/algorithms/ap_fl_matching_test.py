@@ -128,8 +128,11 @@ def test_the_teacher_makes_images_recognisable():
   np.testing.assert_allclose(taught[~known], alone[~known], rtol=1e-5)
 
 
+MATCHED = {"source": "matched", "tier": "s2", "bank_size": 4, "matching_steps": 2, "unseen": "prototypes"}
+
+
 def test_images_are_matched_once_in_the_last_round_and_downloaded_as_bytes():
-  rounds = Rounds(2, source="matched", tier="s2", bank_size=4, matching_steps=2)
+  rounds = Rounds(2, **MATCHED)
   first = rounds.step([5, 5, 0, 0])
   assert not first.source.made and not np.asarray(first.trust).any()
   made = rounds.step([5, 5, 0, 0])
@@ -143,7 +146,7 @@ def test_images_are_matched_once_in_the_last_round_and_downloaded_as_bytes():
 
 
 def test_before_there_are_images_other_things_are_known_and_nothing_is_trusted():
-  rounds = Rounds(3, source="matched", tier="s2", bank_size=4, matching_steps=2, unseen="prototypes")
+  rounds = Rounds(2, **MATCHED)
   blank = tasks.on_host(rounds.server.reading)
   server = rounds.step([5, 5, 5, 0])
   assert not server.source.made and not np.asarray(server.trust).any()
@@ -158,7 +161,7 @@ def test_in_rounds_the_server_knows_what_clients_hold_and_its_images_are_of_thei
     model = nn.classifier("mlp", tasks.IMAGE_SHAPE, C, embeddings=given["embeddings"])
     sgd = LocalSGD(given["learning_rate"], tasks.BATCH_SIZE, 1, tasks.STEPS, 4, "examples", "none")
     task = Task(tasks.NUM_CLIENTS, C, tasks.IMAGE_SHAPE, given["embeddings"], model, sgd, given["rounds"])
-    settings = {"source": "matched", "tier": "s2", "bank_size": 8, "matching_steps": 5, "friend_steps": 0}
+    settings = {"source": "matched", "tier": "s2", "bank_size": 8, "matching_steps": 5, "friend_steps": 2}
     return algorithms.ap_fl(task, **settings), population.everyone()
 
   size = tasks.NUM_CLIENTS

@@ -114,6 +114,7 @@ def test_rounds_with_too_few_uploads_are_told(tmp_path, capsys):
   """Of 8 clients half never come: 4 uploads, where f = 1 wants 5."""
   small = {"dataset": "fast", "model": "mlp", "num_clients": 8, "partition": "iid", "monopolistic_classes": 0}
   brief = {"rounds": 2, "local_steps": 2, "personal_steps": 1, "min_size": 4, "report": False, "progress": False}
+  brief |= {"checkpoint_every": 0, "pooled_examples": 40}
   programs = job.Programs()
   run = lambda rate: job.run(
     Config(algorithm="fedavg", wrappers="krum", drop_rate=rate, workdir=str(tmp_path / rate), **small, **brief),

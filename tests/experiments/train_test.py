@@ -393,7 +393,7 @@ def test_uploads_that_are_not_finite_are_told(tmp_path, capsys):
   """Training that goes astray is not taken for absence."""
   small = {"dataset": "fast", "model": "mlp", "num_clients": 4, "partition": "iid", "monopolistic_classes": 0}
   brief = {"rounds": 2, "local_steps": 4, "personal_steps": 1, "min_size": 4, "dropout": "none"}
-  quiet, programs = {"progress": False, "report": False}, job.Programs()
+  quiet, programs = {"progress": False, "report": False, "checkpoint_every": 0}, job.Programs()
   run = lambda rate: job.run(
     Config(algorithm="fedavg", learning_rate=rate, workdir=str(tmp_path / f"{rate:g}"), **small, **brief, **quiet),
     programs,

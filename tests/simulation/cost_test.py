@@ -49,7 +49,9 @@ def on_the_clock(cohort, **settings):
     facts = tasks.NUM_CLIENTS, tasks.NUM_CLASSES, tasks.IMAGE_SHAPE
     task = Task(*facts, embeddings, model, sgd, given["rounds"], aggregations=cohort)
     _, process = tasks.build("ap_fl", tasks.NUM_CLIENTS, given)
-    return ap_fl(task, generator_steps=2, generator_final_steps=2, generator_batch=BATCH, **settings), process
+    few = {"generator_steps": 2, "generator_final_steps": 2, "generator_batch": BATCH}
+    client = {"friend": "global", "friend_steps": 0, "interpolation": "fixed"}  # what is the quickest to trace
+    return ap_fl(task, **few, **client, **settings), process
 
   server = jax.eval_shape(lambda i: build(i.settings)[0].init(jax.random.key(0)), inputs)
   return simulation.prices(build, inputs, server, aggregations=cohort)
