@@ -119,7 +119,7 @@ class Rounds:
     arrived = np.array([id not in lost for id in ids])
     weights = [np.float32(u.weight if a else 0) for a, u in zip(arrived, uploads, strict=True)]
     weighted = [jax.tree.map(lambda x, w=w: w * x, u.update) for w, u in zip(weights, uploads, strict=True)]
-    stack = lambda *x: np.stack([a * each for a, each in zip(arrived, x, strict=True)]).astype(x[0].dtype)
+    stack = lambda *x: np.stack([each if a else np.zeros_like(each) for a, each in zip(arrived, x, strict=True)])
     received = Received(
       total=jax.tree.map(lambda *x: sum(x), *weighted),
       weight=sum(weights, start=np.float32(0)),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import binaries
+
 ROOT = Path(__file__).parents[1]
 HEAVY = ("huggingface_hub", "matplotlib", "pyarrow", "tensorflow", "tensorflow_datasets", "torch", "transformers")
 
@@ -50,6 +52,10 @@ for module in pkgutil.walk_packages(apfl_jax.__path__, "apfl_jax."):
   loaded = loaded_by(code)
   assert "jax" in loaded
   assert loaded.isdisjoint(HEAVY)
+
+
+def test_what_is_forked_for_binaries_has_touched_no_device():
+  assert "jax" in loaded_by(f"import {', '.join(binaries.PRELOADED)}")
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path, monkeypatch):

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax import lax
 from jax.extend.core import ClosedJaxpr
-from jax.interpreters.partial_eval import dce_jaxpr
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from apfl_jax import algorithms, data, nn, population, semantics, simulation
@@ -185,8 +187,25 @@ def first_visit(
 
 def ignored(traced: ClosedJaxpr, names: Sequence[str], results: Sequence[bool]) -> list[str]:
   """Which of its first arguments, by name, a traced function does not need for these of its results."""
-  _, needed = dce_jaxpr(traced.jaxpr, list(results))
+  with pytest.MonkeyPatch.context() as rules:
+    rules.setitem(partial_eval.dce_rules, lax.while_p, _needed_by_loop)  # JAX takes all that enters one as needed
+    _, needed = partial_eval.dce_jaxpr(traced.jaxpr, list(results))
   return [name for name, read in zip(names, needed, strict=False) if not read]
+
+
+def _needed_by_loop(results: list[bool], loop: Any) -> tuple[list[bool], Any]:
+  if not any(results):
+    return [False] * len(loop.invars), None
+  of = loop.params
+  _, by_end = partial_eval.dce_jaxpr(of["cond_jaxpr"].jaxpr, [True])
+  constants, carried = by_end[: of["cond_nconsts"]], by_end[of["cond_nconsts"] :]
+  carry: list[bool] = []
+  more = [result or read for result, read in zip(results, carried, strict=True)]
+  while carry != more:  # what one step needs of the carry, the step before it must have made
+    carry = more
+    _, by_step = partial_eval.dce_jaxpr(of["body_jaxpr"].jaxpr, carry)
+    more = [a or b for a, b in zip(carry, by_step[of["body_nconsts"] :], strict=True)]
+  return [*constants, *by_step[: of["body_nconsts"]], *carry], loop
 
 
 def on_host(tree: PyTree) -> PyTree:

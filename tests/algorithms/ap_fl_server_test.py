@@ -515,7 +515,7 @@ def test_the_server_notices_who_left_and_answers_with_what_it_was():
   assert np.asarray(rounds.server.memory.classes).all()
 
 
-# In a round that is not the last one a memory that distils is one that only remembers.
+# One program for two tests: what memories that distil share with others shows before the last round.
 DISTIL = {"memory": "distil", "memory_patience": 1, "generator_steps": 20, "adversary": True, "lambda_adversarial": 0.0}
 
 

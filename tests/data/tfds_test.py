@@ -224,7 +224,7 @@ def test_fashion_mnist_matches_its_records(tmp_path, monkeypatch):
       assert number == label[0]
 
 
-@pytest.mark.slow  # some of its records are among those above
+@pytest.mark.slow  # to decode; its records are compared above, though not in the shards they came in
 @_needs_real
 def test_fashion_mnist_has_its_known_counts(tmp_path, monkeypatch):
   monkeypatch.setenv("APFL_JAX_CACHE", str(tmp_path))

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -38,8 +39,8 @@ TINY = (
 )
 
 
-def train(*flags: str, **where: Path) -> subprocess.CompletedProcess[str]:
-  return binaries.run("experiments.train", *flags, **where)
+def train(*flags: str, cwd: Path = binaries.ROOT) -> subprocess.CompletedProcess[str]:
+  return binaries.run("experiments.train", *flags, cwd=cwd)
 
 
 def numbers(workdir: Path) -> dict:
@@ -190,6 +191,7 @@ def test_two_devices_match_images_and_compile_once(tmp_path):
   process = binaries.start("experiments.train", *flags, output=tmp_path)
   process.join(300)
   process.kill()
+  process.join()
   assert process.exitcode == 0, (tmp_path / "stderr").read_text()
   assert json.loads((tmp_path / "run" / "summary.json").read_text())["device"].startswith("2 x")
   timings = [json.loads(line) for line in (tmp_path / "run" / "timings.jsonl").read_text().splitlines()]
@@ -224,7 +226,8 @@ def kill_in_the_middle(workdir: Path, *flags: str) -> None:
 def test_the_flagfile_repeats_the_run_to_the_bit_even_if_it_is_killed_and_goes_on(remembering, tmp_path):
   killed, again = tmp_path / "killed", (f"--flagfile={remembering}/flags.txt", "--devices=1", "--report=false")
   kill_in_the_middle(killed, *again)
-  result = train(*again, f"--workdir={killed}")
+  command = [sys.executable, "-m", "experiments.train", *again, f"--workdir={killed}"]  # with hashes of its own
+  result = subprocess.run(command, cwd=binaries.ROOT, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr
   assert numbers(killed) == numbers(remembering)
 

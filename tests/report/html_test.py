@@ -268,12 +268,6 @@ def test_without_matplotlib_the_extra_is_named(ap_fl, monkeypatch):
     report.write(ap_fl)
 
 
-def test_import_does_not_load_matplotlib(tmp_path):
-  file = tmp_path / "imports.py"
-  file.write_text("import sys, apfl_jax.report; sys.exit('matplotlib' in sys.modules)")
-  assert binaries.run(str(file)).returncode == 0
-
-
 def test_binary_prints_the_page(unevaluated):
   result = binaries.run("experiments.report", f"--workdir={unevaluated}")
   assert result.returncode == 0, result.stderr

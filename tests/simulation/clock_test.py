@@ -209,8 +209,10 @@ METHODS = {
 }
 
 
-# Slow to compile: vmap_test.py has vmap, and persafl_test.py the method.
-_OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in (("persafl", "sequential"), ("fedbuff", "vmap:4"))]
+# Slow to compile: client_map_test.py has chunks of clients, and persafl_test.py the method.
+_SLOW = (("persafl", "sequential"), ("fedbuff", "vmap:4"))
+_CASES = [(name, "sequential") for name in METHODS if name != "persafl"]
+_CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in _SLOW]
 
 
 @functools.cache
@@ -220,7 +222,7 @@ def _batched(name: str, how: str) -> np.ndarray:
   return _head(algorithm, _run(algorithm, batches.plan(_play()), how=how)[1].state)
 
 
-@pytest.mark.parametrize(("name", "how"), [("fedasync", "sequential"), ("fedbuff", "sequential"), *_OTHERS])
+@pytest.mark.parametrize(("name", "how"), _CASES)
 def test_batches_are_a_heap_of_events(name, how):
   made, server = _play(), METHODS[name][1]()
   plan = batches.plan(made)
@@ -394,7 +396,7 @@ def _there(time: float, length: float) -> np.ndarray:
 class Masked(Async):
   """FedAsync; a client's softmax spans its own class and those of who was there when it downloaded.
 
-  Or with a `mask` of all classes or of none always those besides its own.
+  With a `mask`, bool [C], it spans its own class and those of the mask instead, always.
   """
 
   def __init__(self, alpha: float, power: float, rho: float, mask: np.ndarray | None = None):
@@ -423,6 +425,16 @@ def test_masked_batches_are_a_heap_of_events():
   assert min(np.abs(found - other).max() for other in others) > 0.1
 
 
+@pytest.mark.slow  # to compile; options_test.py has it in rounds
+def test_own_classes_alone_are_a_mask_on_the_clock_too():
+  algorithm = fedasync(TASK, alpha=0.5, exponent=0.7, rho=0.0, max_staleness=1000)
+  made = _play(MASKED, _turns, presence=True)
+  plan = batches.plan(made, held=HELD)
+  found = _head(algorithm, _run(algorithm, plan, MASKED, process=_turns, softmax_mask="own")[1].state)
+  expected = played(made, Masked(0.5, 0.7, 0.0, np.zeros(CLASSES, bool)))
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 CLOCKS = [pytest.param("synchronous", marks=pytest.mark.slow), "asynchronous"]  # slow to compile
 
 
@@ -441,8 +453,8 @@ def test_equal_durations_are_rounds_with_the_mask_too(clock):
   options = {"rounds": 7, "process": leaving, "cohort_size": 8}
   came, rounds = _run(plain, None, inputs, softmax_mask="present", **options)
   expected, unmasked = _head(plain, rounds.state), FIRST
+  slope = functools.partial(gradient, answers=np.eye(CLASSES)[KINDS])
   for ids, status in zip(came.ids, came.status, strict=True):
-    slope = functools.partial(gradient, answers=np.eye(CLASSES)[KINDS])
     unmasked = np.mean([descended(id, unmasked, slope) for id in ids[status == 2]], axis=0)
   assert np.abs(expected - unmasked).max() > 0.01 and np.abs(expected - FIRST).max() > 0.1
   np.testing.assert_allclose(_head(timed, chunks.state), expected, rtol=0, atol=1e-6)

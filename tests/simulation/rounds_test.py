@@ -260,14 +260,29 @@ def test_rows_may_be_in_any_order(name):
 
 def test_keys_are_not_used_twice():
   """By the engine, the process and a method; every method is looked at without the engine, in common_test."""
-  simulator, inputs = tasks.simulator("fedavg"), tasks.inputs("fedavg")
-  state = jax.eval_shape(simulator.init, inputs)
-  rows = jnp.arange(tasks.NUM_CLIENTS)
-  with jax.debug_key_reuse(True):
-    # In functions made here, since what was traced before is not looked at again.
-    jax.jit(lambda *args: simulator.init(*args)).trace(inputs)
-    jax.jit(lambda *args: simulator.advance(*args)).trace(state, inputs, jnp.int32(2))
-    jax.jit(lambda *args: simulator.score_personal(*args)).trace(state, inputs, rows, rows >= 0)
+
+  def look(simulator, inputs):
+    state = jax.eval_shape(simulator.init, inputs)
+    rows = jnp.arange(tasks.NUM_CLIENTS)
+    with jax.debug_key_reuse(True):
+      # In functions made here, since what was traced before is not looked at again.
+      jax.jit(lambda *args: simulator.init(*args)).trace(inputs)
+      jax.jit(lambda *args: simulator.advance(*args)).trace(state, inputs, jnp.int32(2))
+      jax.jit(lambda *args: simulator.score_personal(*args)).trace(state, inputs, rows, rows >= 0)
+
+  def reusing(settings):
+    algorithm, process = tasks.build("fedavg", tasks.NUM_CLIENTS, settings)
+
+    def local_update(download, client, data, visit, key):
+      client, upload = algorithm.local_update(download, client, data, visit, key)
+      return client, upload._replace(weight=upload.weight + jax.random.uniform(key))
+
+    return algorithm._replace(local_update=local_update), process
+
+  look(tasks.simulator("scaffold"), tasks.inputs("scaffold"))
+  inputs, sizes = tasks.inputs("fedavg"), {"population_size": tasks.NUM_CLIENTS, "cohort_size": tasks.COHORT_SIZE}
+  with pytest.raises(jax.errors.KeyReuseError):
+    look(simulation.simulator(reusing, inputs, tasks.NUM_CLASSES, **sizes, chunk=tasks.CHUNK, how="sequential"), inputs)
 
 
 @pytest.mark.parametrize("how", ["sequential", "vmap"])

@@ -62,7 +62,7 @@ def _on_the_device() -> Any:
   return _seen(_run())
 
 
-_STAGED = pytest.param("host", "device", marks=pytest.mark.slow)  # of each place there is another
+_STAGED = pytest.param("host", "device", marks=pytest.mark.slow)  # both are in others, and in options_test.py
 
 
 @pytest.mark.parametrize(("data_on", "client_state"), [("device", "host"), _STAGED, ("disk", "disk")])
