@@ -74,7 +74,7 @@ def test_the_options_differ_and_so_does_the_first_order_of_b():
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
 def test_plain_and_without_delay_it_is_fedavg_with_a_server_step(weighting):
   task, beta = linear.task(weighting=weighting), 0.6
-  usual = linear.fedavg(**({} if weighting == "examples" else {"weighting": weighting}))
+  usual = linear.fedavg(weighting=weighting)
   one = linear.Rounds(persafl(task, option="a", server_learning_rate=beta))
   expected = linear.start()
   for ids, lost in SCHEDULE:

@@ -39,14 +39,19 @@ def small(method, seed):
   return Config(algorithm=method, seed=seed, data_dir="/somewhere", **SMALL)
 
 
+def keep_what_others_left(patch):
+  """Other tests' programs, which they may need again, and their garbage, which takes seconds a run to look through."""
+  patch.setattr(runs.jax, "clear_caches", lambda: None)
+  patch.setattr(runs.gc, "collect", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
   root = tmp_path_factory.mktemp("compared")
   configs = methods.plan(["local", "fedavg"], [0, 1], small)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(report, "write", lambda workdir: None)  # the pages of the runs are tested elsewhere
-    patch.setattr(runs.jax, "clear_caches", lambda: None)  # other tests' programs
-    patch.setattr(runs.gc, "collect", lambda: None)  # over all that other tests left: seconds a run
+    keep_what_others_left(patch)
     outcome = methods.compare(root, configs, pairs=[("local", "fedavg")], best_round=True)
   assert not outcome.failed and list(outcome.summaries) == ["local-0", "fedavg-0", "local-1", "fedavg-1"]
   return root, outcome, configs
@@ -119,8 +124,7 @@ def test_the_same_again_computes_nothing_and_tells_what_is_missing(compared, mon
     raise InputError("no more of this")
 
   monkeypatch.setattr(job, "run", broken)
-  monkeypatch.setattr(runs.jax, "clear_caches", lambda: None)
-  monkeypatch.setattr(runs.gc, "collect", lambda: None)
+  keep_what_others_left(monkeypatch)
   more = configs | methods.plan(["fedper"], [0], small)
   outcome = methods.compare(root, more)
   assert list(outcome.summaries) == list(configs) and list(outcome.failed) == ["fedper-0"]

@@ -211,8 +211,8 @@ METHODS = {
 
 # Slow to compile: client_map_test.py has chunks of clients, and persafl_test.py the method.
 _SLOW = (("persafl", "sequential"), ("fedbuff", "vmap:4"))
-_CASES = [(name, "sequential") for name in METHODS if name != "persafl"]
-_CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in _SLOW]
+_CASES = [*((name, "sequential") for name in METHODS), ("fedbuff", "vmap:4")]
+_CASES = [pytest.param(*case, marks=[pytest.mark.slow] * (case in _SLOW)) for case in _CASES]
 
 
 @functools.cache
@@ -414,12 +414,18 @@ class Masked(Async):
     self.w, self.version = (1 - share) * self.w + share * mine, self.version + 1
 
 
-def test_masked_batches_are_a_heap_of_events():
+def _masked(softmax_mask: str) -> tuple[Any, np.ndarray]:
+  """What was played, and FedAsync's head after it."""
   algorithm = fedasync(TASK, alpha=0.5, exponent=0.7, rho=0.0, max_staleness=1000)
   made = _play(MASKED, _turns, presence=True)
   plan = batches.plan(made, held=HELD)
   assert plan.sizes.mean() > 1.2 and len(set(np.floor(made.start / 3.0))) > 20
-  found = _head(algorithm, _run(algorithm, plan, MASKED, process=_turns, softmax_mask="present")[1].state)
+  state = _run(algorithm, plan, MASKED, process=_turns, softmax_mask=softmax_mask)[1].state
+  return made, _head(algorithm, state)
+
+
+def test_masked_batches_are_a_heap_of_events():
+  made, found = _masked("present")
   np.testing.assert_allclose(found, played(made, Masked(0.5, 0.7, 0.0)), rtol=0, atol=1e-5)
   others = [played(made, Masked(0.5, 0.7, 0.0, np.full(CLASSES, mask))) for mask in (False, True)]
   assert min(np.abs(found - other).max() for other in others) > 0.1
@@ -427,10 +433,7 @@ def test_masked_batches_are_a_heap_of_events():
 
 @pytest.mark.slow  # to compile; options_test.py has it in rounds
 def test_own_classes_alone_are_a_mask_on_the_clock_too():
-  algorithm = fedasync(TASK, alpha=0.5, exponent=0.7, rho=0.0, max_staleness=1000)
-  made = _play(MASKED, _turns, presence=True)
-  plan = batches.plan(made, held=HELD)
-  found = _head(algorithm, _run(algorithm, plan, MASKED, process=_turns, softmax_mask="own")[1].state)
+  made, found = _masked("own")
   expected = played(made, Masked(0.5, 0.7, 0.0, np.zeros(CLASSES, bool)))
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
