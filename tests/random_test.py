@@ -102,6 +102,13 @@ def test_keys_differ_by_seed_purpose_and_data():
   assert len(words) == len(keys)
 
 
+def test_data_is_folded_in_one_by_one():
+  key = jax.random.key(7)
+  for number in (Purpose.LOCAL_UPDATE, 5, 2**31 - 1):
+    key = jax.random.fold_in(key, number)
+  assert random.key(7, Purpose.LOCAL_UPDATE, 5, 2**31 - 1) == key
+
+
 def test_traced_and_concrete_keys_are_equal():
   traced = jax.jit(lambda *x: random.key(x[0], Purpose.COHORT, *x[1:]))(jnp.uint32(7), jnp.int32(5), jnp.int32(3))
   assert traced == random.key(7, Purpose.COHORT, 5, 3)
