@@ -154,6 +154,7 @@ def test_before_there_are_images_other_things_are_known_and_nothing_is_trusted()
   assert any(jax.tree.leaves(changed))
 
 
+@pytest.mark.slow  # to compile; what is sent, what is made of it and when are looked at above
 def test_in_rounds_the_server_knows_what_clients_hold_and_its_images_are_of_their_class():
   inputs = tasks.inputs("ap_fl")
 

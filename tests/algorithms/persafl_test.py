@@ -40,7 +40,7 @@ def after(option):
   return advanced(persafl(TASK, **({"option": option} | SAME[option][0])))
 
 
-@pytest.mark.parametrize("option", SAME)
+@pytest.mark.parametrize("option", ["a", "b", pytest.param("b exact", marks=pytest.mark.slow), "c"])
 def test_without_delay_it_is_the_synchronous_method_and_personalises_as_that_does(option):
   both = [after(option), advanced(SAME[option][1](TASK))]
   linear.close(both[0].server, both[1].server, 1e-6)

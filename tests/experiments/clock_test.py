@@ -99,7 +99,10 @@ def test_a_cohort_larger_than_the_population_is_named():
     dataclasses.replace(BASE, cohort_size=20)
 
 
-@pytest.mark.parametrize("values", [{}, {"clock": "synchronous", "concurrency": 0, "over_selection": 0.5}])
+SYNCHRONOUS = {"clock": "synchronous", "concurrency": 0, "over_selection": 0.5}
+
+
+@pytest.mark.parametrize("values", [{}, pytest.param(SYNCHRONOUS, marks=pytest.mark.slow)])
 def test_no_shape_depends_on_the_seed(values):
   layouts = {job.prepare(dataclasses.replace(BASE, seed=seed, **values)).clock.layout for seed in range(3)}
   assert len(layouts) == 1
