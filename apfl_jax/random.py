@@ -35,15 +35,20 @@ class Purpose(enum.IntEnum):
 
 
 def key(seed: Array | int, purpose: Purpose, *data: Array | int) -> Key:
-  """The key of a purpose, e.g. `key(seed, Purpose.LOCAL_UPDATE, round, client_id)`. All may be traced."""
-  values = jnp.stack([jnp.asarray(value).astype(jnp.uint32) for value in (int(purpose), *data)])
-  return _folded(jax.random.key(seed), values)
+  """The key of a purpose, e.g. `key(seed, Purpose.LOCAL_UPDATE, round, client_id)`.
+
+  Args:
+    seed: int32 or uint32 [], may be traced, as may the data.
+    purpose: what it is for.
+    *data: int32 or uint32 [], each; as many as the purpose has.
+  """
+  return _folded(jax.random.key(seed), jnp.stack([jnp.uint32(value) for value in (int(purpose), *data)]))
 
 
 @jax.jit
 def _folded(key: Key, values: Array) -> Key:
   """The key with all of uint32 [n] folded in, one after another."""
-  # In a loop, which compiles the generator once and not n times: written out, keys were a seventh of all compiling.
+  # In a loop, which compiles the generator once and not n times: a seventh of what a run compiles.
   return jax.lax.fori_loop(0, values.shape[0], lambda i, k: jax.random.fold_in(k, values[i]), key)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import os
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -425,6 +426,26 @@ def notes_on_time(methods: Collection[str], values: Mapping[str, Any]) -> list[s
       f" work they are {at_work - 1} versions late on average"
     ]
   return []
+
+
+def program(binary: str, names: Iterable[str]) -> str:
+  """What starts a binary that has these methods and wrappers: itself, or the file that registers one.
+
+  Args:
+    binary: of `experiments`, as 'train'.
+    names: of methods and wrappers.
+  """
+  makes: dict[str, Any] = {
+    name: entry.make for entries in (algorithms.METHODS, algorithms.WRAPPERS) for name, entry in entries.items()
+  }
+  makers = [getattr(makes[name], "func", makes[name]) for name in names]
+  own = list(dict.fromkeys(make.__module__ for make in makers if not make.__module__.startswith("apfl_jax.")))
+  file = getattr(sys.modules["__main__"], "__file__", None)
+  if "__main__" in own and file:
+    return f"python {shlex.quote(os.path.relpath(file))}"
+  if own and "__main__" not in own:
+    return f"python -c 'import {', '.join(own)}; from experiments import {binary}; {binary}.command_line()'"
+  return f"python -m experiments.{binary}"
 
 
 def table_of_methods() -> str:

@@ -24,7 +24,7 @@ from apfl_jax import algorithms, data, files, metrics, nn, population, random, r
 from apfl_jax.errors import InputError
 from apfl_jax.types import Algorithm, Array, Federation, HeldOut, LocalSGD, Process, PyTree, Task
 from experiments import judge
-from experiments.config import Config
+from experiments.config import Config, program
 
 _SAMPLES = 8  # images a class in the report
 
@@ -745,6 +745,7 @@ def _summary(
     "device": f"{devices} x {jax.devices()[0].device_kind}, {simulation.resolve(config.client_map)[0]}",
     "versions": versions(),
     "commit": commit(),
+    "program": program("train", [config.algorithm, *config.wrapper_names]),
     "rounds_of": Path(config.trained).name if config.trained else None,
     "finished": True,
   }

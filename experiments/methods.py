@@ -441,7 +441,8 @@ def main(arguments: Sequence[str]) -> int:
   own["output"] = "DIR"
   best = ["--best_round"] if asked.best_round else []
   words = [*(shlex.quote(f"--{name}={value}") for name, value in own.items()), *best, *_changed(configs.values())]
-  command = " ".join(["python -m experiments.methods", *words])
+  wrappers = {name for settings in configs.values() for name in settings.wrapper_names}
+  command = " ".join([config.program("methods", [*methods, *sorted(wrappers)]), *words])
   outcome = compare(asked.output, configs, pairs=pairs, best_round=asked.best_round, command=command)
   if outcome.summaries:
     print("\n" + (Path(asked.output) / "table.md").read_text())

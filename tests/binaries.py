@@ -1,7 +1,7 @@
 """The binaries, each in a process of its own, forked from one that has imported what takes them seconds to import.
 
-What that hides, imports that are missing and processes that do not end well, tests by `python -m` would show: there is
-one in train_test.py.
+What that hides (imports that are missing, processes that do not end well, functions of `atexit`, an order of hashes
+that matters: theirs is one and the same) tests by `python -m` would show: there are two in train_test.py, one slow.
 """
 
 import gc
@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ("experiments.job", "experiments.runs")  # no binary: `runpy` has each run anew
-# Libraries of macOS may not be forked.
-_context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
+# Libraries of macOS may not be forked, and Windows does not fork.
+_context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 _context.set_forkserver_preload(list(PRELOADED))
 
 
@@ -45,15 +45,15 @@ def start(binary: str, *arguments: str, output: Path, cwd: Path = ROOT) -> BaseP
   return process
 
 
-def run(binary: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run(binary: str, *arguments: str, cwd: Path = ROOT, timeout: float = 600) -> subprocess.CompletedProcess[str]:
   """As `python -m BINARY ARGUMENTS`, or `python BINARY ARGUMENTS` if that is a file; modules are found from `cwd`.
 
-  The environment is that of the call, but for what JAX reads when it is imported.
+  The environment is that of the call, but for what JAX reads when it is imported. After `timeout` seconds it is killed.
   """
   with tempfile.TemporaryDirectory() as output:
     process = start(binary, *arguments, output=Path(output), cwd=cwd)
     try:
-      process.join()
+      process.join(timeout)
     finally:
       process.kill()
       process.join()

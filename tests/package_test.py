@@ -55,7 +55,9 @@ for module in pkgutil.walk_packages(apfl_jax.__path__, "apfl_jax."):
 
 
 def test_what_is_forked_for_binaries_has_touched_no_device():
-  assert "jax" in loaded_by(f"import {', '.join(binaries.PRELOADED)}")
+  loaded = loaded_by(f"import {', '.join(binaries.PRELOADED)}")
+  assert "jax" in loaded
+  assert "matplotlib" not in loaded  # there is a test of a run without it
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path, monkeypatch):

@@ -102,11 +102,18 @@ def test_keys_differ_by_seed_purpose_and_data():
   assert len(words) == len(keys)
 
 
-def test_data_is_folded_in_one_by_one():
+@pytest.mark.parametrize("number", [0, 2**31, 2**32 - 1])
+def test_data_is_folded_in_one_by_one(number):
   key = jax.random.key(7)
-  for number in (Purpose.LOCAL_UPDATE, 5, 2**31 - 1):
-    key = jax.random.fold_in(key, number)
-  assert random.key(7, Purpose.LOCAL_UPDATE, 5, 2**31 - 1) == key
+  for value in (Purpose.LOCAL_UPDATE, 5, number):
+    key = jax.random.fold_in(key, value)
+  assert random.key(7, Purpose.LOCAL_UPDATE, 5, number) == key
+
+
+def test_what_is_no_number_of_32_bits_is_refused():
+  for number in (-1, 2**32):
+    with pytest.raises(OverflowError):
+      random.key(7, Purpose.LOCAL_UPDATE, number)
 
 
 def test_traced_and_concrete_keys_are_equal():

@@ -1,5 +1,6 @@
 """What the README says is true: its Python runs, its table is the registry, its example is short."""
 
+import json
 import os
 import re
 import subprocess
@@ -42,6 +43,7 @@ def test_the_example_of_a_method_is_a_binary_and_has_the_common_tests(tmp_path):
   made = binaries.run(*run.split(), *here, cwd=tmp_path)
   assert made.returncode == 0, made.stderr
   assert "--q_fedavg_q=0.5\n" in (tmp_path / "runs/q_fedavg-fast-0/flags.txt").read_text()
+  assert json.loads((tmp_path / "runs/q_fedavg-fast-0/summary.json").read_text())["program"] == "python q_fedavg.py"
   helped = binaries.run("q_fedavg.py", "--help", cwd=tmp_path)
   assert "--num_clients" in helped.stdout
   compared = re.search(r"^python -c '(import q_fedavg.*?)' --methods=q_fedavg,fedavg$", TEXT, re.MULTILINE)[1]

@@ -186,7 +186,10 @@ def first_visit(
 
 
 def ignored(traced: ClosedJaxpr, names: Sequence[str], results: Sequence[bool]) -> list[str]:
-  """Which of its first arguments, by name, a traced function does not need for these of its results."""
+  """Which of its first arguments, by name, a traced function does not need for these of its results.
+
+  By what flows into them: an argument that does, but changes nothing, as times 0, is not found.
+  """
   with pytest.MonkeyPatch.context() as rules:
     rules.setitem(partial_eval.dce_rules, lax.while_p, _needed_by_loop)  # JAX takes all that enters one as needed
     _, needed = partial_eval.dce_jaxpr(traced.jaxpr, list(results))

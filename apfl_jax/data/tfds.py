@@ -60,7 +60,9 @@ def _root(name: str, data_dir: str | Path | None) -> Path:
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
-    raise InputError(f"dataset {name}: needs the package tensorflow-datasets; {_INSTALL}") from error
+    raise InputError(
+      f"dataset: {name!r} is none of digits, fast; for any other the package tensorflow-datasets is needed, {_INSTALL}"
+    ) from error
   return root or Path(tfds.core.constants.DATA_DIR).expanduser()
 
 

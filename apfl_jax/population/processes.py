@@ -274,7 +274,7 @@ def chain(*processes: Process) -> Process:
   """All of them at once: booleans are and-ed (`gone` or-ed), delays and waits add, work and speed multiply."""
 
   def keys(key):
-    return jax.random.split(key, len(processes))
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(processes)))
 
   def init(key):
     return tuple(p.init(k) for p, k in zip(processes, keys(key), strict=True))

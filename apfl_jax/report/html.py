@@ -201,7 +201,8 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
     _fairness(run),
     _judged(run),
     *(_figure(*_caption(name, run), image) for name, image in images.items()),
-    "<h2>Cost</h2><p>Operations (FLOP) are counted from the programs as JAX traces them, not measured.</p>",
+    "<h2>Cost</h2><p>Operations (FLOP) are counted from the programs as JAX traces them, not measured."
+    f"{_whose_rounds(run)}</p>",
     _facts(_costs(run)),
     "<h2>Repeat this run</h2>",
     _repeat(run),
@@ -598,12 +599,23 @@ def _facts(facts: Mapping[str, str]) -> str:
   return f'<table class="facts"><tbody>{body}</tbody></table>' if body else "<p>Not recorded.</p>"
 
 
+def _whose_rounds(run: runs.Run) -> str:
+  """What to know of a run that took its rounds from another."""
+  first = run.summary.get("rounds_of")
+  if not first:
+    return ""
+  return (
+    f" The rounds are those of the run <code>{html.escape(first)}</code> (<code>--trained</code>): their operations and"
+    " bytes are counted here as there, the times are of this run alone. Repeated without <code>--trained</code>, it"
+    " trains anew, to the same numbers."
+  )
+
+
 def _repeat(run: runs.Run) -> str:
   if not run.flags:
     return "<p>The run left no <code>flags.txt</code>.</p>"
-  command = (
-    f"python -m experiments.train --flagfile={shlex.quote(str(run.path / 'flags.txt'))} --workdir=ANOTHER_DIRECTORY"
-  )
+  program = run.summary.get("program") or "python -m experiments.train"
+  command = f"{program} --flagfile={shlex.quote(str(run.path / 'flags.txt'))} --workdir=ANOTHER_DIRECTORY"
   flags = html.escape("\n".join(run.flags))
   return (
     f"<pre>{html.escape(command)}</pre>\n<details><summary>All flags of the run</summary><pre>{flags}</pre></details>"

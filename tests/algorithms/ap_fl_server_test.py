@@ -328,7 +328,7 @@ def drawn_loss(task, source, params, teacher, rows, **options):
   )
 
 
-@pytest.mark.parametrize("name", ["image", pytest.param("feature", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["image", "feature"])
 def test_classes_that_left_are_taught_by_the_model_of_their_time(name):
   task = make_task()
   source = sources.source(task, name)

@@ -14,14 +14,7 @@ from apfl_jax.algorithms import METHODS, WRAPPERS
 from apfl_jax.types import Received
 from tests import tasks
 
-NAMES = [*METHODS, *(f"fedavg|{wrapper}" for wrapper in WRAPPERS)]
-# Methods that are another but for a few lines: their functions are traced here as all are, and run in their own tests;
-# whole rounds of them are compiled where time is.
-TWINS = {"fedadam": "fedyogi", "fedavgm": "fedyogi", "fedper": "fedrep", "fedprox": "fedavg"}
-all_traced = pytest.mark.parametrize("name", NAMES)
-all_run = pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in NAMES]
-)
+pytestmark = pytest.mark.parametrize("name", [*METHODS, *(f"fedavg|{wrapper}" for wrapper in WRAPPERS)])
 
 
 def _without_class(inputs, label):
@@ -43,7 +36,6 @@ HARD = {
 }
 
 
-@all_run
 def test_the_same_bits_twice_and_in_any_chunks(name):
   simulator, inputs = tasks.simulator(name), tasks.inputs(name)
   state, again = tasks.run(simulator, inputs, 4), tasks.run(simulator, inputs, 4)
@@ -52,7 +44,6 @@ def test_the_same_bits_twice_and_in_any_chunks(name):
   tasks.assert_same(tasks.personal(simulator, again, inputs), tasks.personal(simulator, state, inputs))
 
 
-@all_run
 def test_compiles_once(name):
   with simulation.Stopwatch() as watch:
     jax.jit(lambda x: x + len(name))(np.float32(0.0))
@@ -138,7 +129,6 @@ def _traced(name):
   return _Traced(program, visit, results["server"], wrote, len(splits), clashes)
 
 
-@all_traced
 def test_functions_leave_their_arguments_alone(name):
   """By the identity of tracers: a dict that is written into would show."""
   traced = _traced(name)
@@ -147,14 +137,12 @@ def test_functions_leave_their_arguments_alone(name):
   assert after == before
 
 
-@all_traced
 def test_a_visit_hangs_on_its_key_and_its_share_of_work(name):
   traced = _traced(name)
   assert any(traced.visit)
   assert not tasks.ignored(traced.program, ["key", "work"], traced.visit)
 
 
-@all_traced
 def test_keys_from_folding_are_not_keys_from_splitting(name):
   """`split(key, n)[i]` is `fold_in(key, i)` for i < n, which JAX's own check does not know."""
   key = jax.random.key(1)
@@ -165,7 +153,6 @@ def test_keys_from_folding_are_not_keys_from_splitting(name):
   assert traced.splits and not traced.clashes
 
 
-@all_traced
 def test_keys_are_not_used_twice(name):
   def reusing(key):
     return jax.random.normal(key) + jax.random.uniform(key)
@@ -180,7 +167,6 @@ def test_keys_are_not_used_twice(name):
   check(_traced(name).program)
 
 
-@all_run
 def test_learns(name):
   simulator, inputs = tasks.simulator(name), tasks.inputs(name)
   state = tasks.run(simulator, inputs, 10)
@@ -196,7 +182,6 @@ def test_learns(name):
     np.testing.assert_array_equal(tasks.personal(simulator, state, inputs).own, shared)
 
 
-@all_run
 @pytest.mark.parametrize("case", HARD)
 def test_stays_finite(name, case):
   simulator, inputs = tasks.simulator(name), HARD[case](tasks.inputs(name))
@@ -206,7 +191,6 @@ def test_stays_finite(name, case):
   np.testing.assert_array_equal(scores.own.sum((1, 2)), inputs.federation.test.size)
 
 
-@all_run
 def test_without_anybody_the_server_stays(name):
   simulator, inputs = tasks.simulator(name), tasks.with_settings(tasks.inputs(name), drop_rates=[1.0, 0.0])
   before = simulator.init(inputs)
@@ -218,7 +202,6 @@ def test_without_anybody_the_server_stays(name):
   tasks.assert_finite(tasks.personal(simulator, after, inputs))
 
 
-@all_run
 def test_a_client_that_never_took_part_is_personalised(name):
   simulator, inputs = tasks.simulator(name), tasks.with_settings(tasks.inputs(name), drop_rates=[0.5, 0.0])
   state = tasks.run(simulator, inputs, 10)  # methods of one's own run here too, and some start slowly, as q-FedAvg
@@ -229,7 +212,6 @@ def test_a_client_that_never_took_part_is_personalised(name):
   assert metrics.accuracy(scores.own)[never].min() > 0.5
 
 
-@all_run
 @pytest.mark.slow  # to compile; one client among absent ones is among the hard cases
 def test_a_population_of_one(name):
   simulator, inputs = tasks.simulator(name, num_clients=1), tasks.inputs(name, num_clients=1)
@@ -239,7 +221,6 @@ def test_a_population_of_one(name):
   assert metrics.accuracy(scores.own)[0] > 0.9
 
 
-@all_traced
 def test_its_work_can_be_priced(name):
   inputs = tasks.inputs(name)
   server = jax.eval_shape(tasks.simulator(name).init, inputs).server

@@ -99,6 +99,7 @@ def test_a_cohort_larger_than_the_population_is_named():
     dataclasses.replace(BASE, cohort_size=20)
 
 
+# Slow to compile; that its batches have one width is in schedule_test.py.
 SYNCHRONOUS = {"clock": "synchronous", "concurrency": 0, "over_selection": 0.5}
 
 

@@ -249,3 +249,14 @@ def test_text_in_grids_is_escaped():
   assert tables.markdown(grid).splitlines() == ["| a | b |", "|---|---|", "| **group** |  |", "| x\\|y | <b> |"]
   page = html.page("<title>", [html.Section("One & two", "", grid), html.Section("Facts", "why", {"k": "<v>"})])
   assert "&lt;b&gt;" in page and "<b>" not in page and "One &amp; two" in page and '<th colspan="2">group</th>' in page
+
+
+def test_a_command_imports_the_files_of_own_methods(monkeypatch):
+  def mine(task):
+    return algorithms.fedavg(task)
+
+  mine.__module__ = "my_methods"
+  monkeypatch.setitem(algorithms.METHODS, "mine", algorithms.Method(mine, "", "global"))
+  assert config.program("methods", ["fedavg", "ap_fl", "krum"]) == "python -m experiments.methods"
+  called = "python -c 'import my_methods; from experiments import methods; methods.command_line()'"
+  assert config.program("methods", ["fedavg", "mine"]) == called

@@ -188,11 +188,8 @@ def test_two_devices_match_images_and_compile_once(tmp_path):
   """Batched LAPACK calls, of which there were some, wait there for each other."""
   matched = ("--ap_fl_source=matched", "--ap_fl_tier=s2", "--ap_fl_matching_steps=2", "--rounds=6", "--eval_clients=1")
   flags = (f"--workdir={tmp_path}/run", *TINY, *matched, "--devices=2", "--report=false")
-  process = binaries.start("experiments.train", *flags, output=tmp_path)
-  process.join(300)
-  process.kill()
-  process.join()
-  assert process.exitcode == 0, (tmp_path / "stderr").read_text()
+  result = binaries.run("experiments.train", *flags, timeout=300)
+  assert result.returncode == 0, result.stderr
   assert json.loads((tmp_path / "run" / "summary.json").read_text())["device"].startswith("2 x")
   timings = [json.loads(line) for line in (tmp_path / "run" / "timings.jsonl").read_text().splitlines()]
   assert [row["compilations"] for row in timings[1:-1]] == [0, 0, 0]
@@ -223,12 +220,17 @@ def kill_in_the_middle(workdir: Path, *flags: str) -> None:
   assert not (workdir / "summary.json").exists()
 
 
+def go_on(workdir: Path, *flags: str) -> None:
+  """In a process that has hashes of its own."""
+  command = [sys.executable, "-m", "experiments.train", *flags, f"--workdir={workdir}"]
+  result = subprocess.run(command, cwd=binaries.ROOT, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr
+
+
 def test_the_flagfile_repeats_the_run_to_the_bit_even_if_it_is_killed_and_goes_on(remembering, tmp_path):
   killed, again = tmp_path / "killed", (f"--flagfile={remembering}/flags.txt", "--devices=1", "--report=false")
   kill_in_the_middle(killed, *again)
-  command = [sys.executable, "-m", "experiments.train", *again, f"--workdir={killed}"]  # with hashes of its own
-  result = subprocess.run(command, cwd=binaries.ROOT, capture_output=True, text=True, check=False)
-  assert result.returncode == 0, result.stderr
+  go_on(killed, *again)
   assert numbers(killed) == numbers(remembering)
 
 
@@ -260,7 +262,7 @@ def test_the_default_run_killed_repeated_and_judged(tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   assert train(f"--workdir={whole}").returncode == 0
   kill_in_the_middle(killed)
-  assert train(f"--workdir={killed}").returncode == 0
+  go_on(killed)
   assert numbers(killed) == numbers(whole)
   summary = json.loads((whole / "summary.json").read_text())
   assert summary["personal_accuracy"]["dropped"] >= summary["global_accuracy"]["dropped"] + 0.2

@@ -150,13 +150,15 @@ def test_page_says_what_the_run_says(ap_fl):
 
 def test_page_of_a_run_with_the_rounds_of_another_counts_its_own_time(fedavg):
   assert "of which rounds" in Page(report.write(fedavg)).text
-  change(fedavg, rounds_of="another", dropout="cold, bernoulli", drop_rate="0.6,0.2")
+  change(fedavg, rounds_of="another", dropout="cold, bernoulli", drop_rate="0.6,0.2", program="python mine.py")
   lines = (fedavg / "timings.jsonl").read_text().splitlines(keepends=True)
   (fedavg / "timings.jsonl").write_text("".join([*lines[:-1], lines[-1].replace("90.0", "2.0"), lines[-1]]))
   text = Page(report.write(fedavg)).text
   assert "of which rounds" not in text
   assert "of which setting up 2 s of which personalising and scoring at the end 90 s of which everything else" in text
   assert "dropout: cold at rate 0.6, bernoulli at rate 0.2" in text
+  assert "The rounds are those of the run another" in text
+  assert f"python mine.py --flagfile={fedavg}/flags.txt" in text
 
 
 def test_page_of_a_method_without_a_global_model_shows_none(fedavg):
