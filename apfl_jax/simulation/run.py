@@ -236,7 +236,7 @@ def run(
         evaluate(state, done, personal=due(personalize_every, done))
         shown = record.metrics[-1]["pooled_accuracy"]
         text = "" if shown is None else f"global model after {done}: {100 * shown:.1f} % pooled"
-      bar.set_postfix_str(text, refresh=False)
+      bar.set_postfix_str(text if done < rounds else "", refresh=False)  # the end is scored below, and told there
       bar.update(size)
       on_record(record)
       if checkpoints and (due(checkpoint_every, done) or done == rounds):
