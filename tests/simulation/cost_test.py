@@ -64,9 +64,10 @@ def test_uploads_one_by_one_cost_a_training_in_a_round_of_them():
   assert prices.server([300, 150, 150]) == prices.aggregate  # where uploads get lost rounds are over later
 
 
-@pytest.mark.parametrize(
-  "settings", [{"generator_schedule": "final"}, {"source": "matched", "tier": "s2", "matching_steps": 2}]
-)
+MATCHED = {"source": "matched", "tier": "s2", "matching_steps": 2}
+
+
+@pytest.mark.parametrize("settings", [{"generator_schedule": "final"}, pytest.param(MATCHED, marks=pytest.mark.slow)])
 def test_a_server_that_trains_in_the_last_round_pays_once(settings):
   prices = on_the_clock(5, **settings)
   before = prices.server([5] * 9)  # a look at samples in each round, where nothing is trained
