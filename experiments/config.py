@@ -435,11 +435,9 @@ def program(binary: str, names: Iterable[str]) -> str:
     binary: of `experiments`, as 'train'.
     names: of methods and wrappers.
   """
-  makes: dict[str, Any] = {
-    name: entry.make for entries in (algorithms.METHODS, algorithms.WRAPPERS) for name, entry in entries.items()
-  }
-  makers = [getattr(makes[name], "func", makes[name]) for name in names]
-  own = list(dict.fromkeys(make.__module__ for make in makers if not make.__module__.startswith("apfl_jax.")))
+  makes = [(algorithms.METHODS.get(name) or algorithms.WRAPPERS[name]).make for name in names]
+  modules = dict.fromkeys(getattr(make, "func", make).__module__ for make in makes)
+  own = [module for module in modules if not module.startswith("apfl_jax.")]
   file = getattr(sys.modules["__main__"], "__file__", None)
   if "__main__" in own and file:
     return f"python {shlex.quote(os.path.relpath(file))}"

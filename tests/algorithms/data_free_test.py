@@ -87,7 +87,8 @@ def test_the_average_is_weighted():
   linear.close(data_free.average(STACKED, jnp.asarray([6.0, 0.0, 2.0])), expected)
 
 
-@pytest.mark.parametrize("make", [fedgen, fedftg, pytest.param(dense, marks=pytest.mark.slow)])  # slow to compile
+# DENSE is slow to compile.
+@pytest.mark.parametrize("make", [pytest.param(make, marks=[pytest.mark.slow] * (make is dense)) for make in SETTINGS])
 def test_a_client_without_examples_has_no_more_say_than_one_whose_upload_is_lost(make):
   lost, empty = (linear.Rounds(made_once(make)) for _ in range(2))
   for _ in range(WARM + 1 if make is dense else 1):

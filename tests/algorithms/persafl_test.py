@@ -40,8 +40,8 @@ def after(option):
   return advanced(persafl(TASK, **({"option": option} | SAME[option][0])))
 
 
-# Slow to compile, and the first order alone is tested by the other options and by what tells it from the exact one.
-@pytest.mark.parametrize("option", ["a", pytest.param("b", marks=pytest.mark.slow), "b exact", "c"])
+# "b" is slow to compile: it is told from the exact one below, and common_test.py trains with it, the default.
+@pytest.mark.parametrize("option", [pytest.param(name, marks=[pytest.mark.slow] * (name == "b")) for name in SAME])
 def test_without_delay_it_is_the_synchronous_method_and_personalises_as_that_does(option):
   both = [after(option), advanced(SAME[option][1](TASK))]
   linear.close(both[0].server, both[1].server, 1e-6)

@@ -442,7 +442,7 @@ CLOCKS = [pytest.param("synchronous", marks=pytest.mark.slow), "asynchronous"]  
 
 
 @pytest.mark.slow  # to compile; masked batches are a heap of events, and equal durations rounds without a mask, above
-@pytest.mark.parametrize("clock", ["synchronous", "asynchronous"])
+@pytest.mark.parametrize("clock", CLOCKS)
 def test_equal_durations_are_rounds_with_the_mask_too(clock):
   """The cohort is all who are there, of whom half leave before they are heard; so the rounds are told that, too."""
   inputs = MASKED._replace(settings=SAME_SPEED.settings)
