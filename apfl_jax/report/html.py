@@ -112,6 +112,19 @@ _CAPTIONS = {
   ),
 }
 
+_SHARED = {  # where all clients answer with the global model
+  "curves": (
+    "Accuracy over the rounds",
+    "Of the global model, as training goes on: the mean over clients on their own test examples, colour tells which "
+    "clients, and on the pooled test set, which holds all classes.",
+  ),
+  "clients": (
+    "Client by client",
+    "One bar a client: the global model on its own test examples, best first. Clients without test examples are left "
+    "out.",
+  ),
+}
+
 _HIGH_BARRIER = 0.2  # nats (method 2.9 [O])
 
 
@@ -212,8 +225,9 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
 
 def _caption(name: str, run: runs.Run) -> tuple[str, str]:
   """Heading and text of a picture."""
-  heading, text = _CAPTIONS[name]
-  if name == "clients" and not np.isnan(run.clients.global_accuracy).all():
+  shared = tables.one_model(run.summary)
+  heading, text = _SHARED.get(name, _CAPTIONS[name]) if shared else _CAPTIONS[name]
+  if name == "clients" and not shared and not np.isnan(run.clients.global_accuracy).all():
     text += (
       " At each bar the black mark is the global model on the same examples: a bar above its mark is a client that "
       "personalisation helped."
@@ -316,7 +330,7 @@ def _notes(run: runs.Run) -> list[str]:
   if tables.one_model(summary):
     notes.append(
       f'<p class="note">{html.escape(summary["algorithm"])} makes no personal models: all clients answer with the '
-      "global model, so the rows of personal models repeat its numbers.</p>"
+      "global model.</p>"
     )
   if hills := int((run.clients.barrier > _HIGH_BARRIER).sum()):
     notes.append(
@@ -342,14 +356,12 @@ def _notes(run: runs.Run) -> list[str]:
 def _results(summary: dict[str, Any]) -> str:
   groups = "".join(f'<th class="group" colspan="{size}">{name}</th>' for name, size in tables.GROUPS)
   columns = "".join(f"<th>{column}</th>" for column in tables.COLUMNS)
-  shared, personal = tables.rows(summary)
+  shared, *others = tables.rows(summary)
   cell = lambda value: f"<td>{tables.percent(value, missing='–')}</td>"
   # The last two of the global model are one number: it is everybody's.
   both = f'<td class="group" colspan="2">{tables.percent(shared.values[-2], missing="–")}</td>'
-  body = (
-    f"<tr><td>{html.escape(shared.name)}</td>{''.join(map(cell, shared.values[:-2]))}{both}</tr>"
-    f"<tr><td>{html.escape(personal.name)}</td>{''.join(map(cell, personal.values))}</tr>"
-  )
+  body = f"<tr><td>{html.escape(shared.name)}</td>{''.join(map(cell, shared.values[:-2]))}{both}</tr>"
+  body += "".join(f"<tr><td>{html.escape(row.name)}</td>{''.join(map(cell, row.values))}</tr>" for row in others)
   return (
     f'<div class="scroll"><table class="run"><thead><tr><th></th>{groups}</tr><tr><th></th>{columns}</tr></thead>'
     f"<tbody>{body}</tbody></table></div>"
@@ -407,10 +419,8 @@ def _fairness(run: runs.Run) -> str:
   number = lambda value: "–" if value is None else f"{value:.3f}"
   gap = lambda value: "–" if value is None else f"{100 * value:+.1f}"
   clients, classes = [], []
-  for name, key, recall in (
-    ("global model", "global_accuracy", "global_model"),
-    ("personal models", "personal_accuracy", "personal"),
-  ):
+  models = [("global model", "global_accuracy", "global_model"), ("personal models", "personal_accuracy", "personal")]
+  for name, key, recall in models[: len(tables.rows(summary))]:
     own, spread = summary.get(key) or {}, (summary.get("recall") or {}).get(recall) or {}
     cells = [tables.percent(own.get("std"), "–"), number(own.get("gini")), number(own.get("jain"))]
     clients.append([name, *cells, *(gap(own.get(key)) for key in ("dropped_gap", "monopolist_gap"))])
@@ -518,6 +528,7 @@ def _costs(run: runs.Run) -> dict[str, str]:
   trained = rounds > 0  # what sets up, at the start and after a stop, adds a line but no round; so does the end
   scored = ~trained & (np.arange(len(lines)) == len(lines) - 1) & (len(lines) > 1)
   versions = summary.get("versions") or {}
+  shared = tables.one_model(summary)
   total = lambda lines: _duration(float(seconds[lines].sum()) if lines.any() else None)
   rest = float(summary.get("seconds") or 0.0) - float(seconds.sum())
   facts = {
@@ -536,7 +547,7 @@ def _costs(run: runs.Run) -> dict[str, str]:
     "local training": _amount(cost.get("local_flops"), "FLOP"),
     "server": _amount(cost.get("server_flops"), "FLOP"),
     "generator": _amount(cost.get("generator_flops"), "FLOP"),
-    "making personal models": _amount(cost.get("personalize_flops"), "FLOP"),
+    "making personal models": "" if shared else _amount(cost.get("personalize_flops"), "FLOP"),
     "evaluation": _amount(cost.get("evaluation_flops"), "FLOP"),
     "generator's share of all but evaluation": tables.percent(cost.get("generator_share"), "")
     and (tables.percent(cost.get("generator_share")) + " %"),
@@ -544,7 +555,7 @@ def _costs(run: runs.Run) -> dict[str, str]:
     "sent to clients": _amount(cost.get("bytes_down"), "B"),
     "read by a client to make its personal model": f"as much as it sends and reads in {cost['break_even_rounds']:.2f} "
     "rounds; a client that stays away from more rounds than that moves fewer bytes in all"
-    if cost.get("break_even_rounds")
+    if cost.get("break_even_rounds") and not shared
     else "",
     "device": _device(str(summary.get("device") or "")),
     "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),

@@ -18,6 +18,7 @@ from apfl_jax import metrics
 from apfl_jax.algorithms import GROUPS
 from apfl_jax.algorithms.ap_fl.interpolation import STARTED
 from apfl_jax.errors import InputError
+from apfl_jax.report import tables
 from apfl_jax.report.run import Run
 
 if TYPE_CHECKING:
@@ -321,18 +322,17 @@ def _curves(figure: Figure, run: Run) -> bool:
       axes.plot(rounds[known], values[known], ls=line, color=color, lw=1.8, label=label, clip_on=False, **look)
     return bool(known.any())
 
+  models = [("global", ":")] if tables.one_model(run.summary) else [("personal", "-"), ("global", ":")]
+  pooled_lines = [("personal_pooled_accuracy", "-", "personal, mean"), ("pooled_accuracy", ":", "global")]
   own, pooled = figure.subplots(1, 2, sharex=True, sharey=True, width_ratios=[3, 2])
   # Hollow, each inside the one before it: where groups score alike all can be seen.
   groups = (("", ALL, "all clients", 12), ("_dropped", DROPPED, "dropped", 8.5), ("_present", PRESENT, "present", 5))
   found = [
     plot(own, f"{model}_accuracy{group}", color, style, f"{model}, {name}", size)
-    for model, style in (("personal", "-"), ("global", ":"))
+    for model, style in models
     for group, color, name, size in groups
   ]
-  found += [
-    plot(pooled, key, ALL, style, label)
-    for key, style, label in (("personal_pooled_accuracy", "-", "personal, mean"), ("pooled_accuracy", ":", "global"))
-  ]
+  found += [plot(pooled, key, ALL, style, label) for key, style, label in pooled_lines[-len(models) :]]
   if not any(found):
     return False
   figure.set_size_inches(9, 4.2)
@@ -395,9 +395,9 @@ def _clients(figure: Figure, run: Run) -> bool:
   )
   for bar, hatched in zip(bars, monopolist, strict=True):
     bar.set_hatch("///" if hatched else "")
-  size = min(60.0, 400 / order.size)
-  axes.plot(x, 100 * clients.global_accuracy[order], "_", color="black", ms=size, mew=2.2, ls="", clip_on=False)
-  if not np.isnan(clients.global_accuracy).all():
+  if not (tables.one_model(run.summary) or np.isnan(clients.global_accuracy).all()):
+    size = min(60.0, 400 / order.size)
+    axes.plot(x, 100 * clients.global_accuracy[order], "_", color="black", ms=size, mew=2.2, ls="", clip_on=False)
     axes.plot([], [], "_", color="black", ms=12, mew=2.2, ls="", label="global model")
   if monopolist.any():
     axes.bar([0], [np.nan], color="#888888", edgecolor="white", lw=0, hatch="///", label="holds a monopolistic class")

@@ -27,7 +27,7 @@ class Row(NamedTuple):
 
 
 def rows(summary: dict[str, Any]) -> list[Row]:
-  """The rows of the table: the global model, then the personal models.
+  """The rows of the table: the global model and, where there are others than it, the personal models.
 
   Args:
     summary: `summary.json` of a run; what is null or missing there is None here.
@@ -38,21 +38,21 @@ def rows(summary: dict[str, Any]) -> list[Row]:
   dropped = pooled.get("personal_dropped")
   # The global model is the same for every client, so dropped ones have its pooled accuracy, if there are such clients.
   shared_pooled = [pooled.get("global_model"), None if dropped is None else pooled.get("global_model")]
-  return [
+  both = [
     Row("global model" if shared else "global model (none)", [shared.get(key) for key in _OWN_KEYS] + shared_pooled),
     Row(
       f"personal models ({summary['algorithm']})",
       [personal.get(key) for key in _OWN_KEYS] + [pooled.get("personal_mean"), dropped],
     ),
   ]
+  shown = [[percent(value) for value in row.values] for row in both]
+  computed = (summary.get("cost") or {}).get("personalize_flops") != 0
+  return both if computed or shown[0] != shown[1] or shown[0][0] == percent(None) else both[:1]
 
 
 def one_model(summary: dict[str, Any]) -> bool:
   """Whether the personal models of a run are the global model: made by no computation, with the same accuracies."""
-  if (summary.get("cost") or {}).get("personalize_flops") != 0:
-    return False
-  shared, personal = ([percent(value) for value in row.values] for row in rows(summary))
-  return shared == personal and shared[0] != percent(None)
+  return len(rows(summary)) == 1
 
 
 class Grid(NamedTuple):

@@ -59,10 +59,10 @@ class MemoryPlan(NamedTuple):
     text = lambda where: ", ".join(
       f"{need.what} {human(need.bytes)}" for need in self.needs if need.where == where and need.bytes >= 2**19
     )
-    times = f"{self.devices} x " if self.devices > 1 else ""
+    devices = "the device" if self.devices == 1 else f"each of {self.devices} devices"
     return (
-      f"memory: {times}{human(self.device)} on the device ({text('device') or 'each part under 1 MiB'}),"
-      f" {human(self.host)} on the host{' with it' if self.shared else ''} ({text('host')})"
+      f"memory at its fullest: {human(self.device)} on {devices} ({text('device') or 'each part under 1 MiB'}),"
+      f" {human(self.host)} on the host{', devices included' if self.shared else ''} ({text('host')})"
     )
 
 

@@ -189,6 +189,22 @@ def test_where_the_global_model_is_everybodys_the_page_says_so(fedavg):
   assert said() == (True, False)
 
 
+def test_the_global_models_numbers_are_not_repeated_as_personal_models(fedavg):
+  summary = json.loads((fedavg / "summary.json").read_text())
+  pooled = {"global_model": 0.6, "personal_mean": 0.6, "personal_dropped": 0.6}
+  own = {"personal_accuracy": summary["global_accuracy"], "pooled_accuracy": pooled}
+  change(fedavg, **own, cost=summary["cost"] | {"personalize_flops": 1.0})
+  report.write(fedavg)
+  pictures = lambda: [(fedavg / f"{name}.png").read_bytes() for name in ("curves", "clients")]
+  drawn = pictures()
+  change(fedavg, cost=summary["cost"] | {"personalize_flops": 0.0})
+  text = Page(report.write(fedavg)).text
+  assert "personal models (" not in text and "personal model" not in text.split("Accuracy over the rounds")[1]
+  assert "black mark" not in text and "the global model on its own test examples" in text
+  # What would lie on the global model's line and bars is not drawn.
+  assert all(png != before for png, before in zip(pictures(), drawn, strict=True))
+
+
 @pytest.mark.parametrize("algorithm", ["local", "fedavg_ft"])
 def test_what_others_are_compared_with_is_not_told_to_compare(algorithm, fedavg):
   only(fedavg, "summary.json")
