@@ -18,6 +18,7 @@ from apfl_jax.errors import InputError
 from apfl_jax.files import cache_dir
 
 _BLOCK = 1000  # records decoded at a time, between two moves of the progress bar
+_BUILT_IN = "digits, fast"  # of `data`, which imports this module
 _INSTALL = "install it with: pip install 'apfl_jax[data]'"
 
 
@@ -61,7 +62,7 @@ def _root(name: str, data_dir: str | Path | None) -> Path:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise InputError(
-      f"dataset: {name!r} is none of digits, fast; for any other the package tensorflow-datasets is needed, {_INSTALL}"
+      f"dataset: {name!r} is none of {_BUILT_IN}; for any other the package tensorflow-datasets is needed, {_INSTALL}"
     ) from error
   return root or Path(tfds.core.constants.DATA_DIR).expanduser()
 
@@ -74,7 +75,7 @@ def _builder(name: str, root: Path) -> Any:
     return tfds.builder(name, data_dir=str(root))
   except (ValueError, AssertionError, ImportError, RuntimeError) as error:
     raise InputError(
-      f"dataset: {name!r} is not known; accepted are digits, fast and the image-classification sets of "
+      f"dataset: {name!r} is not known; accepted are {_BUILT_IN} and the image-classification sets of "
       f"tensorflow-datasets (prepared in {root}: {_prepared(root)})"
     ) from error
 

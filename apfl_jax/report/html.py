@@ -225,9 +225,9 @@ def _page(run: runs.Run, images: Mapping[str, bytes]) -> str:
 
 def _caption(name: str, run: runs.Run) -> tuple[str, str]:
   """Heading and text of a picture."""
-  shared = tables.one_model(run.summary)
-  heading, text = _SHARED.get(name, _CAPTIONS[name]) if shared else _CAPTIONS[name]
-  if name == "clients" and not shared and not np.isnan(run.clients.global_accuracy).all():
+  captions = _CAPTIONS | _SHARED if tables.one_model(run.summary) else _CAPTIONS
+  heading, text = captions[name]
+  if name == "clients" and plots.marks_global(run):
     text += (
       " At each bar the black mark is the global model on the same examples: a bar above its mark is a client that "
       "personalisation helped."
@@ -420,7 +420,7 @@ def _fairness(run: runs.Run) -> str:
   gap = lambda value: "–" if value is None else f"{100 * value:+.1f}"
   clients, classes = [], []
   models = [("global model", "global_accuracy", "global_model"), ("personal models", "personal_accuracy", "personal")]
-  for name, key, recall in models[: len(tables.rows(summary))]:
+  for name, key, recall in models[:1] if tables.one_model(summary) else models:
     own, spread = summary.get(key) or {}, (summary.get("recall") or {}).get(recall) or {}
     cells = [tables.percent(own.get("std"), "–"), number(own.get("gini")), number(own.get("jain"))]
     clients.append([name, *cells, *(gap(own.get(key)) for key in ("dropped_gap", "monopolist_gap"))])

@@ -322,17 +322,21 @@ def _curves(figure: Figure, run: Run) -> bool:
       axes.plot(rounds[known], values[known], ls=line, color=color, lw=1.8, label=label, clip_on=False, **look)
     return bool(known.any())
 
-  models = [("global", ":")] if tables.one_model(run.summary) else [("personal", "-"), ("global", ":")]
-  pooled_lines = [("personal_pooled_accuracy", "-", "personal, mean"), ("pooled_accuracy", ":", "global")]
+  models = [
+    ("personal", "-", "personal_pooled_accuracy", "personal, mean"),
+    ("global", ":", "pooled_accuracy", "global"),
+  ]
+  if tables.one_model(run.summary):
+    del models[0]
   own, pooled = figure.subplots(1, 2, sharex=True, sharey=True, width_ratios=[3, 2])
   # Hollow, each inside the one before it: where groups score alike all can be seen.
   groups = (("", ALL, "all clients", 12), ("_dropped", DROPPED, "dropped", 8.5), ("_present", PRESENT, "present", 5))
   found = [
     plot(own, f"{model}_accuracy{group}", color, style, f"{model}, {name}", size)
-    for model, style in models
+    for model, style, _, _ in models
     for group, color, name, size in groups
   ]
-  found += [plot(pooled, key, ALL, style, label) for key, style, label in pooled_lines[-len(models) :]]
+  found += [plot(pooled, key, ALL, style, label) for _, style, key, label in models]
   if not any(found):
     return False
   figure.set_size_inches(9, 4.2)
@@ -377,6 +381,11 @@ def _time(figure: Figure, run: Run) -> bool:
   return True
 
 
+def marks_global(run: Run) -> bool:
+  """Whether the bars of clients have a mark each: where there is a global model that they do not show themselves."""
+  return not (tables.one_model(run.summary) or np.isnan(run.clients.global_accuracy).all())
+
+
 def _clients(figure: Figure, run: Run) -> bool:
   """A bar a client, dropped ones first, the global model's accuracy marked on each."""
   clients = run.clients
@@ -395,7 +404,7 @@ def _clients(figure: Figure, run: Run) -> bool:
   )
   for bar, hatched in zip(bars, monopolist, strict=True):
     bar.set_hatch("///" if hatched else "")
-  if not (tables.one_model(run.summary) or np.isnan(clients.global_accuracy).all()):
+  if marks_global(run):
     size = min(60.0, 400 / order.size)
     axes.plot(x, 100 * clients.global_accuracy[order], "_", color="black", ms=size, mew=2.2, ls="", clip_on=False)
     axes.plot([], [], "_", color="black", ms=12, mew=2.2, ls="", label="global model")

@@ -46,8 +46,8 @@ def rows(summary: dict[str, Any]) -> list[Row]:
     ),
   ]
   shown = [[percent(value) for value in row.values] for row in both]
-  computed = (summary.get("cost") or {}).get("personalize_flops") != 0
-  return both if computed or shown[0] != shown[1] or shown[0][0] == percent(None) else both[:1]
+  free = (summary.get("cost") or {}).get("personalize_flops") == 0
+  return both[:1] if free and shown[0] == shown[1] and shown[0][0] != percent(None) else both
 
 
 def one_model(summary: dict[str, Any]) -> bool:
