@@ -360,8 +360,9 @@ def _time(figure: Figure, run: Run) -> bool:
     return False
   figure.set_size_inches(9, 3.6)
   curve, bars = figure.subplots(1, 2, width_ratios=[3, 2])
+  own = "global" if tables.one_model(run.summary) else "personal"
   for key, style, label in (
-    ("personal_accuracy", "-", "personal, own tests"),
+    (f"{own}_accuracy", "-", f"{own}, own tests"),
     ("pooled_accuracy", ":", "global, pooled"),
   ):
     points = [(line["virtual_seconds"], 100 * line[key]) for line in run.metrics if line.get(key) is not None]

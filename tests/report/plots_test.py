@@ -157,6 +157,20 @@ def test_groups_that_score_alike_once_at_the_end_are_all_seen_and_have_no_line(a
   assert {style for label, style in drawn.items() if label.startswith("global")} == {":"}
 
 
+def test_over_virtual_time_a_model_has_its_own_name(make_run):
+  path = make_run("timed", algorithm="fedavg", generator=False)
+  labels = lambda: [line.get_label() for line in draw("time", path).axes[0].lines]
+  assert labels() == ["personal, own tests", "global, pooled"]
+  summary = json.loads((path / "summary.json").read_text())
+  pooled = {"global_model": 0.6, "personal_mean": 0.6, "personal_dropped": 0.6}
+  same = {"personal_accuracy": summary["global_accuracy"], "pooled_accuracy": pooled}
+  (path / "summary.json").write_text(json.dumps(summary | same | {"cost": {"personalize_flops": 0.0}}))
+  assert labels() == ["global, own tests", "global, pooled"]
+  own = draw("time", path).axes[0].lines[0].get_xydata()
+  records = run.read(path).metrics
+  np.testing.assert_allclose(own[:, 1], [100 * record["global_accuracy"] for record in records])
+
+
 def test_partition_shows_the_histogram_and_marks_monopolistic_classes(ap_fl):
   axes = draw("partition", ap_fl).axes[0]
   histogram = np.load(ap_fl / "arrays.npz")["histogram"]
