@@ -87,6 +87,17 @@ def plan(
   return {name: make(variant, seed, scale, given) for name, (variant, seed) in names.items()}, names
 
 
+def overruled(variants: Iterable[Variant], given: Mapping[str, Any]) -> list[str]:
+  """A note on each setting given by flag that some variants set otherwise, as A10 does the number of rounds."""
+  notes = []
+  each = [dict(variant.changes) for variant in dict.fromkeys(variants)]
+  for name, value in given.items():
+    if own := list(dict.fromkeys(str(one[name]) for one in each if one.get(name, value) != value)):
+      count = sum(one.get(name, value) != value for one in each)
+      notes.append(f"note: {count} of {len(each)} variants set {name} themselves ({', '.join(own)}), not to {value}")
+  return notes
+
+
 def load(summary: dict[str, Any]) -> Found:
   """A finished run's files."""
   read = run.read(Path(summary["workdir"]))
@@ -243,6 +254,8 @@ def main(arguments: Sequence[str]) -> int:
   methods = list(dict.fromkeys(one.algorithm for one in configs.values()))
   config.note_unused(methods)
   config.note_time(methods)
+  for note in overruled((variant for variant, _ in names.values()), given):
+    print(note, file=sys.stderr)
   root = Path(asked.output)
   if asked.dry_run:
     placed = {name: root / name / "summary.json" for name in configs}

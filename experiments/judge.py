@@ -22,7 +22,7 @@ from apfl_jax.files import cache_dir, replacing
 from apfl_jax.types import Array, Data, Key, LocalSGD, Model, Params, Prediction, PyTree, Span, Store, Task
 
 _JUDGE_STEPS, _STUDENT_STEPS = 3000, 1000
-_STUDENTS = 3  # a student's seed is worth up to four points (8.4)
+_STUDENTS = 3  # what one student learns hangs on its seed
 _RECOGNISED = 0.5  # least recall of the teacher
 _RATE, _BATCH = 0.05, 64
 _SAMPLES, _JUDGE, _STUDENT, _MATCHED = range(4)  # what keys are for

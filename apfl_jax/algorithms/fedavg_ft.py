@@ -2,7 +2,7 @@
 
 The plainest personalisation (e.g. Wang et al., Federated Evaluation of On-device Personalization, 2019), and the
 baseline that AP-FL must be compared with at an equal number of steps (method 2.8, budget parity [O]). Tuning the head
-alone forgets least of what the global model knows (method 8.3 [P]).
+alone forgets less of what the global model knows than tuning all of it (experiments/results/claims.md).
 """
 
 from apfl_jax import training

@@ -326,6 +326,16 @@ def test_variants_change_what_the_scale_says():
     assert set(claims.SCALES[scale].settings) <= {field.name for field in config.fields()}
 
 
+def test_settings_that_variants_set_themselves_are_told():
+  variants = [of("fedavg"), of("fedavg", rounds=80), of("ap_fl", rounds=120), of("ap_fl", rounds=80), of("fedavg")]
+  assert claims.overruled(variants, {"rounds": 80, "alpha": 0.3}) == [
+    "note: 1 of 4 variants set rounds themselves (120), not to 80"
+  ]
+  for id, name in (("A10", "leave_at"), ("A3", "alpha")):
+    assert len(claims.overruled(CLAIMS[id].variants, {name: 0.7})) == 1
+  assert not claims.overruled(CLAIMS["A5"].variants, {"rounds": 3})
+
+
 def test_the_estimate_learns_from_finished_runs():
   configs, _ = claims.plan(["A5"], [0, 1], "digits", {})
   guess = claims.estimate(configs, "digits", {})
