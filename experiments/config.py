@@ -472,6 +472,8 @@ def main(run: Any) -> None:
       rest = flags.FLAGS(arguments)
     except flags.Error as error:
       _fail(_one_line(error))
+    except SystemExit:  # --help and its like, which did what was asked; absl ends with 1
+      sys.exit(0)
     if len(rest) > 1:
       _fail(f"{rest[1]}: not a flag; flags begin with --, --help lists them")
     return rest

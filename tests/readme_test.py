@@ -45,7 +45,7 @@ def test_the_example_of_a_method_is_a_binary_and_has_the_common_tests(tmp_path):
   assert "--q_fedavg_q=0.5\n" in (tmp_path / "runs/q_fedavg-fast-0/flags.txt").read_text()
   assert json.loads((tmp_path / "runs/q_fedavg-fast-0/summary.json").read_text())["program"] == "python q_fedavg.py"
   helped = binaries.run("q_fedavg.py", "--help", cwd=tmp_path)
-  assert "--num_clients" in helped.stdout
+  assert helped.returncode == 0 and "--num_clients" in helped.stdout
   compared = re.search(r"^python -c '(import q_fedavg.*?)' --methods=q_fedavg,fedavg$", TEXT, re.MULTILINE)[1]
   environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
   call = partial(subprocess.run, env=environment, capture_output=True, text=True, check=False)
