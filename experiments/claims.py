@@ -229,7 +229,7 @@ def parse_claims(text: str) -> list[str]:
   ids = list(CLAIMS) if text == "all" else list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
   for id in ids or [text]:
     if id not in CLAIMS:
-      raise InputError(f"claims: got {id!r}, accepted are all, help, or some of {', '.join(CLAIMS)}")
+      raise InputError(f"claims: got {id!r}, accepted are some of {', '.join(CLAIMS)}, or all or help alone")
   return ids
 
 
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str]) -> int:
   configs, names = plan(ids, seeds, scale, given)
   methods = list(dict.fromkeys(one.algorithm for one in configs.values()))
   config.note_unused(methods)
-  config.note_time(methods)
+  config.note_choices(methods)
   for note in overruled((variant for variant, _ in names.values()), given):
     print(note, file=sys.stderr)
   root = Path(asked.output)

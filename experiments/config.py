@@ -34,6 +34,19 @@ _OF_A_SCHEDULE = (
   *("concurrency", "over_selection", "deadline", "max_staleness", "server_wait"),
   *("dropout", "drop_rate", "leave_at", "off_rounds", "day_rounds", "regions", "trace", "trace_round"),
 )
+# What only some choices read: the setting whose choices these are, and the choices.
+_READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+  "alpha": ("partition", ("dirichlet",)),
+  "classes_per_client": ("partition", ("pathological",)),
+  "clusters": ("partition", ("clustered",)),
+  "drop_rate": ("dropout", tuple(name for name in PROCESSES if name not in ("none", "trace"))),
+  "leave_at": ("dropout", ("late",)),
+  "off_rounds": ("dropout", ("markov",)),
+  "day_rounds": ("dropout", ("diurnal",)),
+  "regions": ("dropout", ("regional",)),
+  "trace_round": ("dropout", ("trace",)),
+  "local_epochs": ("local_steps", ("0",)),
+}
 # Of this machine, so that no table that is shown around has them.
 PATHS = ("data_dir", "trace", "schedule")
 # May differ when a run is continued.
@@ -405,10 +418,24 @@ def note_unused(methods: Collection[str]) -> None:
         print(f"note: --{other}_{name} has no effect on {', '.join(used)}", file=sys.stderr)
 
 
-def note_time(methods: Collection[str]) -> None:
-  """Tells what `notes_on_time` has to tell."""
-  for note in notes_on_time(methods, flags.FLAGS.flag_values_dict()):
+def note_choices(methods: Collection[str]) -> None:
+  """Tells what `notes_on_choices` and `notes_on_time` have to tell."""
+  values = flags.FLAGS.flag_values_dict()
+  for note in notes_on_choices(values) + notes_on_time(methods, values):
     print(f"note: {note}", file=sys.stderr)
+
+
+def notes_on_choices(values: Mapping[str, Any]) -> list[str]:
+  """Lines on flags that have no effect with what another flag chooses; `values` of flags by name."""
+  defaults = {field.name: field.default for field in fields()}
+  notes = []
+  for name, (chooser, choices) in _READ_WITH.items():
+    chosen = str(values[chooser])
+    told = values["schedule"] and name in _OF_A_SCHEDULE
+    if values[name] != defaults[name] and not told and not set(choices) & set(listed(chosen)):
+      only = f", only with {choices[0]}" if len(choices) == 1 else ""
+      notes.append(f"--{name} has no effect with --{chooser}={chosen}{only}")
+  return notes
 
 
 def notes_on_time(methods: Collection[str], values: Mapping[str, Any]) -> list[str]:

@@ -429,7 +429,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
   methods, seeds, pairs = parse_methods(asked.methods), parse_seeds(asked.seeds), parse_pairs(asked.pairs)
   config.note_unused(methods)
-  config.note_time(methods)
+  config.note_choices(methods)
   configs = plan(
     methods, seeds, lambda method, seed: config.from_flags(algorithm=method, seed=seed, workdir=asked.output)
   )

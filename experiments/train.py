@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     return
   settings = config.from_flags()  # what is wrong is one line and no note
   config.note_unused([settings.algorithm])
-  config.note_time([settings.algorithm])
+  config.note_choices([settings.algorithm])
   summary = job.run(settings)
   if jax.process_index():
     return

@@ -137,6 +137,20 @@ def test_flags_without_effect_are_told():
   assert not _notes(clock="asynchronous", num_clients=90, cohort_size=9)
 
 
+def test_flags_that_a_choice_leaves_without_effect_are_told():
+  values = {field.name: getattr(Config(), field.name) for field in config.fields()}
+  notes = lambda **given: config.notes_on_choices(values | given)
+  assert not notes()
+  assert notes(partition="iid", alpha=0.3) == ["--alpha has no effect with --partition=iid, only with dirichlet"]
+  assert notes(local_epochs=3) == ["--local_epochs has no effect with --local_steps=15, only with 0"]
+  assert not notes(local_epochs=3, local_steps=0)
+  assert notes(dropout="none", drop_rate="0.9") == ["--drop_rate has no effect with --dropout=none"]
+  assert not notes(dropout="trace, markov", drop_rate="0.9", off_rounds=2.0)
+  (line,) = notes(dropout="cold,late", leave_at=0.2, regions=9)
+  assert line == "--regions has no effect with --dropout=cold,late, only with regional"
+  assert not notes(regions=9, schedule="x.npz")  # told with the schedule
+
+
 def test_a_schedule_that_does_not_tell_who_is_there_is_one_line(tmp_path):
   path = tmp_path / "schedule.npz"
   schedule.save(job.prepare(BASE).clock.schedule, path)
