@@ -92,9 +92,9 @@ def overruled(variants: Iterable[Variant], given: Mapping[str, Any]) -> list[str
   notes = []
   each = [dict(variant.changes) for variant in dict.fromkeys(variants)]
   for name, value in given.items():
-    if own := list(dict.fromkeys(str(one[name]) for one in each if one.get(name, value) != value)):
-      count = sum(one.get(name, value) != value for one in each)
-      notes.append(f"note: {count} of {len(each)} variants set {name} themselves ({', '.join(own)}), not to {value}")
+    if own := [str(one[name]) for one in each if one.get(name, value) != value]:
+      set_to = ", ".join(dict.fromkeys(own))
+      notes.append(f"note: {len(own)} of {len(each)} variants set {name} themselves ({set_to}), not to {value}")
   return notes
 
 

@@ -425,14 +425,20 @@ def note_choices(methods: Collection[str]) -> None:
     print(f"note: {note}", file=sys.stderr)
 
 
+def _changed(names: Iterable[str], values: Mapping[str, Any]) -> list[str]:
+  """Those of these settings that are not at their defaults."""
+  defaults = {field.name: field.default for field in fields()}
+  return [name for name in names if values[name] != defaults[name]]
+
+
 def notes_on_choices(values: Mapping[str, Any]) -> list[str]:
   """Lines on flags that have no effect with what another flag chooses; `values` of flags by name."""
-  defaults = {field.name: field.default for field in fields()}
   notes = []
-  for name, (chooser, choices) in _READ_WITH.items():
+  for name in _changed(_READ_WITH, values):
+    chooser, choices = _READ_WITH[name]
     chosen = str(values[chooser])
     told = values["schedule"] and name in _OF_A_SCHEDULE
-    if values[name] != defaults[name] and not told and not set(choices) & set(listed(chosen)):
+    if not told and not set(choices) & set(listed(chosen)):
       only = f", only with {choices[0]}" if len(choices) == 1 else ""
       notes.append(f"--{name} has no effect with --{chooser}={chosen}{only}")
   return notes
@@ -440,12 +446,11 @@ def notes_on_choices(values: Mapping[str, Any]) -> list[str]:
 
 def notes_on_time(methods: Collection[str], values: Mapping[str, Any]) -> list[str]:
   """Lines on flags that have no effect on or without a clock, or one that nobody wants; `values` of flags by name."""
-  defaults = {field.name: field.default for field in fields()}
-  changed = lambda names: [name for name in names if values[name] != defaults[name]]
   if values["schedule"]:
-    return [f"--{name} has no effect with --schedule, which says who comes when" for name in changed(_OF_A_SCHEDULE)]
+    without = _changed(_OF_A_SCHEDULE, values)
+    return [f"--{name} has no effect with --schedule, which says who comes when" for name in without]
   if values["clock"] == "rounds":
-    return [f"--{name} has no effect with --clock=rounds, which has no time" for name in changed(_OF_TIME)]
+    return [f"--{name} has no effect with --clock=rounds, which has no time" for name in _changed(_OF_TIME, values)]
   at_work = values["concurrency"] or values["cohort_size"] or values["num_clients"]
   if "fedasync" in methods and values["clock"] == "asynchronous" and at_work - 1 > values["fedasync_max_staleness"]:
     return [

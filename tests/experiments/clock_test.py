@@ -120,9 +120,11 @@ def test_who_is_gone_is_who_left_in_this_run(tmp_path, capsys):
   np.testing.assert_array_equal(replayed.gone, usual.gone)
 
 
+_DEFAULTS = {field.name: getattr(Config(), field.name) for field in config.fields()}
+
+
 def _notes(**given) -> list[str]:
-  values = {field.name: getattr(Config(), field.name) for field in config.fields()}
-  return config.notes_on_time(["fedasync"], values | {"fedasync_max_staleness": 16} | given)
+  return config.notes_on_time(["fedasync"], _DEFAULTS | {"fedasync_max_staleness": 16} | given)
 
 
 def test_flags_without_effect_are_told():
@@ -138,8 +140,7 @@ def test_flags_without_effect_are_told():
 
 
 def test_flags_that_a_choice_leaves_without_effect_are_told():
-  values = {field.name: getattr(Config(), field.name) for field in config.fields()}
-  notes = lambda **given: config.notes_on_choices(values | given)
+  notes = lambda **given: config.notes_on_choices(_DEFAULTS | given)
   assert not notes()
   assert notes(partition="iid", alpha=0.3) == ["--alpha has no effect with --partition=iid, only with dirichlet"]
   assert notes(local_epochs=3) == ["--local_epochs has no effect with --local_steps=15, only with 0"]
